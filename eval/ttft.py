@@ -1,0 +1,188 @@
+"""Time to the first token of ``generate``, unpatched against patched, on a real model or on random weights of its shape.
+
+    python -m eval.ttft                                                  # the bundled model
+    python -m eval.ttft --shape llama-3.1-8b --lengths 32768 131072 --density published --device cuda
+
+Random weights attend to everything alike, so a threshold says nothing about them. ``--density`` therefore imposes a density:
+alpha is 1, which keeps one scored block per row besides the forced ones, and the local window is widened until the density
+is the one asked for. The probe runs in full all the same. The first call at a length is reported apart from the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+
+from eval import common
+from eval.operator_speed import PUBLISHED_DENSITY
+from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
+
+SHAPES = {
+    "llama-3.1-8b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=1 << 20,
+        rope_theta=500000.0,
+    ),
+    "qwen3-30b-a3b": lambda: Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        max_position_embeddings=1 << 20,
+        rope_theta=10000000.0,
+    ),
+}
+
+
+def random_model(shape: str, device: str, dtype: str | None) -> PreTrainedModel:
+    """A model of a published shape with random weights, made on the device itself."""
+    chosen = common.DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=chosen, attn_implementation="sdpa").eval()
+
+
+def config_for_density(config: FlashPrefillConfig, length: int, density: float) -> FlashPrefillConfig:
+    """Settings that keep about ``density`` of the causally visible blocks whatever the weights are."""
+    count = -(-length // config.block_size)
+    visible = count * (count + 1) // 2
+
+    def kept(window: int) -> int:
+        tail = config.dense_tail_blocks
+        rows = (min(tile + 1, window + config.sink_blocks + 1) for tile in range(count - tail))
+        return sum(rows) + sum(range(count - tail + 1, count + 1))
+
+    window = next((w for w in range(1, count) if kept(w) >= density * visible), count)
+    return replace(config, alpha=1.0, window_blocks=window)
+
+
+@torch.no_grad()
+def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Wall time of ``generate`` up to its first token."""
+    started = time.perf_counter()
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
+    made[0, -1].item()
+    return time.perf_counter() - started
+
+
+def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, repeats: int) -> dict:
+    """First call and median of the later ones, unpatched and patched in turn."""
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator).to(model.device)
+    unpatched_times, patched_times = [], []
+    for _ in range(repeats + 1):
+        unpatched_times.append(first_token_seconds(model, ids))
+        with patched(model, config=config):
+            reset_prefill_stats(model)
+            patched_times.append(first_token_seconds(model, ids))
+            stats = prefill_stats(model)
+    row = {"length": length, "density": stats.density, "dense_calls": stats.dense_calls, "config": config.to_dict()}
+    for name, times in (("unpatched", unpatched_times), ("patched", patched_times)):
+        row[name] = {
+            "first_call_s": times[0],
+            "median_s": statistics.median(times[1:]),
+            "min_s": min(times[1:]),
+            "max_s": max(times[1:]),
+        }
+    row["speedup"] = row["unpatched"]["median_s"] / row["patched"]["median_s"]
+    return row
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.ttft", description=__doc__.split("\n\n")[0])
+    common.add_model_arguments(parser)
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of --model")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens")
+    parser.add_argument("--alpha", type=float, default=FlashPrefillConfig().alpha)
+    parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
+    parser.add_argument("--min-seq-len", type=int, default=1, help="shortest prompt that runs sparse (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first")
+    parser.add_argument("--output", type=Path, default=Path("results/ttft.json"), help="JSON file")
+    return parser
+
+
+def densities_of(args: argparse.Namespace) -> list[float | None]:
+    """The density to impose at each length, or None."""
+    if args.density is None:
+        return [None] * len(args.lengths)
+    if args.density == "published":
+        missing = [length for length in args.lengths if length not in PUBLISHED_DENSITY]
+        if missing:
+            raise common.UsageError(f"--density published: known for {sorted(PUBLISHED_DENSITY)} tokens, not for {missing}")
+        return [PUBLISHED_DENSITY[length] for length in args.lengths]
+    try:
+        density = float(args.density)
+    except ValueError:
+        density = -1.0
+    if not 0 < density <= 1:
+        raise common.UsageError(f"--density must be 'published' or a number above 0 up to 1, got {args.density!r}")
+    return [density] * len(args.lengths)
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    if args.repeats < 1:
+        raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    densities = densities_of(args)
+    try:
+        base = FlashPrefillConfig(alpha=args.alpha, min_seq_len=args.min_seq_len)
+    except ValueError as error:
+        raise common.UsageError(str(error)) from None
+    if args.shape:
+        model = random_model(args.shape, args.device, args.dtype)
+    else:
+        model, _ = common.load_model(args.model, args.device, args.dtype)
+    rows = []
+    for length, density in tqdm(list(zip(args.lengths, densities, strict=True)), desc="ttft", unit="length"):
+        config = base if density is None else config_for_density(base, length, density)
+        rows.append(measure(model, length, config, args.repeats))
+    record = {
+        "harness": "ttft",
+        "environment": common.environment(model.device),
+        "model": args.shape or Path(args.model).name,
+        "dtype": str(model.dtype),
+        "base_implementation": model.config._attn_implementation,
+        "rows": rows,
+    }
+    common.write_json(args.output, record)
+    header = ["tokens", "density", "unpatched s", "patched s", "speed-up", "first calls s"]
+    cells = [
+        [
+            str(row["length"]),
+            "dense" if row["density"] is None else f"{row['density']:.3f}",
+            f"{row['unpatched']['median_s']:.3f}",
+            f"{row['patched']['median_s']:.3f}",
+            f"{row['speedup']:.2f}",
+            f"{row['unpatched']['first_call_s']:.2f} / {row['patched']['first_call_s']:.2f}",
+        ]
+        for row in rows
+    ]
+    print(common.format_table(header, cells))
+    print(f"wrote {args.output}")
+    print(json.dumps({str(row["length"]): round(row["speedup"], 3) for row in rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_command(main))

@@ -1,0 +1,37 @@
+"""Sparse prefill for Hugging Face transformers. Importing this registers nothing and changes nothing."""
+
+from .block_index import BlockIndex
+from .config import FlashPrefillConfig
+from .functional import PrefillOutput, flash_prefill_attention
+from .patch import (
+    UnsupportedModelError,
+    is_patched,
+    patch_model,
+    patched,
+    patched_config,
+    register_attention,
+    unpatch_model,
+    unpatched,
+)
+from .stats import LayerStats, PrefillStats, prefill_stats, reset_prefill_stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockIndex",
+    "FlashPrefillConfig",
+    "LayerStats",
+    "PrefillOutput",
+    "PrefillStats",
+    "UnsupportedModelError",
+    "flash_prefill_attention",
+    "is_patched",
+    "patch_model",
+    "patched",
+    "patched_config",
+    "prefill_stats",
+    "register_attention",
+    "reset_prefill_stats",
+    "unpatch_model",
+    "unpatched",
+]

@@ -1,0 +1,162 @@
+"""The attention function transformers calls in every layer of a patched model: sparse, or dense with a counted reason.
+
+The path of a tensor: a layer's own forward projects and rotates, then calls ``prefill_attention`` through transformers'
+AttentionInterface with query [B, Hq, Sq, D] and key, value [B, Hkv, Skv, D]; ``dense_reason`` decides; a sparse call goes
+to ``functional.flash_prefill_attention``; the result goes back as [B, Sq, Hq, D].
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from .config import FlashPrefillConfig
+from .functional import DTYPES, flash_prefill_attention
+from .masking import PlainCausalMask, base_mask_for
+from .stats import record_dense, record_sparse
+
+logger = logging.get_logger(__name__)
+
+# Keyword arguments that change the attention itself. Any that is not None keeps the call dense.
+FOREIGN_ARGUMENTS = {
+    "sliding_window": "sliding window",
+    "s_aux": "attention sinks",
+    "softcap": "softcap",
+    "position_bias": "position bias",
+    "cu_seq_lens_q": "packed sequences",
+    "indices": "the model's own sparse index",
+    "block_indices": "the model's own sparse index",
+    "cache": "continuous batching",
+}
+
+
+@dataclass(frozen=True)
+class PrefillSettings:
+    """What one registered attention name stands for: the settings and the implementation that dense calls go to."""
+
+    config: FlashPrefillConfig
+    base: str
+
+
+def prefill_attention(
+    settings: PrefillSettings,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one layer: query [B, Hq, Sq, D], key and value [B, Hkv, Skv, D] -> [B, Sq, Hq, D] and the weights, if
+    the dense implementation gave any."""
+    reason = dense_reason(settings.config, module, query, key, value, attention_mask, dropout, kwargs)
+    if isinstance(attention_mask, PlainCausalMask):
+        # A static cache hands over its whole buffer; the mask knows how much of it is filled.
+        key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            record_dense(module, reason)
+        if reason == "gradients needed" and not module.training:
+            logger.warning_once(
+                "Prefill stays dense because gradients are enabled; wrap the call in torch.no_grad() for sparse prefill."
+            )
+        return dense_attention(
+            settings.base, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    output = flash_prefill_attention(
+        query,
+        key,
+        value,
+        config=settings.config,
+        scale=scaling,
+        valid_ranges=attention_mask.valid_ranges(),
+        on_index=record_sparse(module).add_index,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def dense_reason(
+    config: FlashPrefillConfig,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this call stays dense, or None if it runs sparse."""
+    query_len = query.shape[2]
+    if query_len == 1:
+        return "decode"
+    if query_len < config.min_seq_len:
+        return "shorter than min_seq_len"
+    if torch.compiler.is_compiling():
+        return "compiling"
+    if getattr(module, "layer_idx", None) in config.dense_layers:
+        return "dense layer"
+    for name, reason in FOREIGN_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            return reason
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        return "not causal"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return "gradients needed"
+    if dropout:
+        return "dropout"
+    if kwargs.get("output_attentions"):
+        return "output_attentions"
+    if not isinstance(attention_mask, PlainCausalMask):
+        return "mask is not plain causal"
+    if attention_mask.shape[1] > key.shape[2]:
+        return "mask is longer than the keys"
+    if value.shape != key.shape or key.shape[-1] != query.shape[-1]:
+        return "value head_dim differs"
+    if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        return "unsupported dtype"
+    return None
+
+
+def dense_attention(
+    base: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The implementation the model had before it was patched, with the mask it would have got."""
+    if isinstance(attention_mask, PlainCausalMask):
+        attention_mask = base_mask_for(base, attention_mask, query, module.config)
+    if base == "eager":
+        # "eager" is no registered name: each modelling file brings its own.
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[base]
+        if "flash" in base or "/" in base:
+            module = _UnderBaseName(module, base)
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+class _UnderBaseName:
+    """A view of an object whose config names the base implementation: flash attention picks its kernel by that name."""
+
+    def __init__(self, viewed: Any, base: str):
+        self._viewed, self._base = viewed, base
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":
+            return _UnderBaseName(self._viewed.config, self._base)
+        if name == "_attn_implementation":
+            return self._base
+        return getattr(self._viewed, name)

@@ -1,0 +1,1 @@
+"""Implementations of pool, select and attend; each package offers the same three functions."""

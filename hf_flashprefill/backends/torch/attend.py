@@ -1,0 +1,76 @@
+"""Exact attention over listed blocks: lists of equal length are gathered together and handed to torch's own SDPA."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ...block_index import BlockIndex
+from .select import blocked_keys, blocked_queries
+
+# Gathered keys and values per SDPA call, in numbers: 16 MiB of float32. On two CPU cores (8 query heads, 2 key-value heads,
+# head dim 64) this was the fastest power of two at 4K, 8K and 16K tokens; a quarter and four times are 15 to 30 % slower.
+GATHERED_AT_ONCE = 1 << 22
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, Dv]; other rows are left alone.
+
+    Lists are worked through in groups of equal length, so no gathered block is wasted. Only a list's last block, the
+    query block's own, needs the causal mask.
+    """
+    geometry, block_size = index.geometry, index.geometry.block_size
+    tiles = slice(index.first_query_block, index.first_query_block + index.query_blocks)
+    rows, positions = blocked_queries(query, geometry)
+    rows, positions = rows[:, :, tiles], positions[:, tiles]
+    (batch, heads), key_heads = query.shape[:2], key.shape[1]
+
+    # Blocks as rows of a matrix: index_select then copies whole blocks, three times as fast as indexing by tuples here.
+    query_rows = rows.reshape(batch * heads * index.query_blocks, block_size * query.shape[-1])
+    key_rows, value_rows = (
+        blocked_keys(tensor, geometry).reshape(batch * key_heads * geometry.key_blocks, -1) for tensor in (key, value)
+    )
+    lists, counts = index.indices.flatten(0, 2), index.counts.flatten()
+    result = torch.zeros(len(counts), block_size * value.shape[-1], dtype=query.dtype, device=query.device)
+    triangle = torch.ones(block_size, block_size, dtype=torch.bool, device=query.device).tril()
+
+    for length in counts.unique().tolist():
+        if length == 0:
+            continue
+        mask = torch.ones(block_size, length * block_size, dtype=torch.bool, device=query.device)
+        mask[:, -block_size:] = triangle
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, -math.inf)
+        step = max(1, GATHERED_AT_ONCE // (length * block_size * (key.shape[-1] + value.shape[-1])))
+        for part in (counts == length).nonzero().flatten().split(step):
+            head = part // index.query_blocks
+            key_head = head // heads * key_heads + head % heads // (heads // key_heads)
+            blocks = (key_head[:, None] * geometry.key_blocks + lists[part, :length]).flatten()
+            keys, values = (
+                source.index_select(0, blocks).view(len(part), 1, length * block_size, -1) for source in (key_rows, value_rows)
+            )
+            queries = query_rows.index_select(0, part).view(len(part), 1, block_size, -1)
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+            result.index_copy_(0, part, attended.flatten(1))
+
+    result = result.view(batch, heads, index.query_blocks, block_size, -1)
+    used = (positions >= 0).flatten(1)
+    span = geometry.spans(query.device)
+    if geometry.valid_ranges is None:
+        first = positions.flatten(1)[0][used[0]]
+        if len(first):
+            begin = int(first[0]) - geometry.query_offset
+            output[:, :, begin : begin + len(first)] = result.flatten(2, 3)[:, :, used[0]]
+        return
+    for row in range(geometry.batch):
+        target = positions[row].flatten()[used[row]] + span.start[row] - geometry.query_offset
+        output[row][:, target] = result[row].flatten(1, 2)[:, used[row]]

@@ -1,0 +1,119 @@
+"""Pooling and block selection with batched matrix products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ...block_index import BlockIndex
+from ...geometry import PrefillGeometry
+
+# Logits held at once. 64 MiB of float32 keeps the working set near a CPU's last-level cache without many small calls.
+LOGITS_AT_ONCE = 1 << 24
+
+
+def gather_positions(tensor: torch.Tensor, first: torch.Tensor, count: int, low: int, high: torch.Tensor) -> torch.Tensor:
+    """Rows ``first[b] .. first[b] + count`` of [B, H, S, D] as [B, H, count, D]; zeros outside ``low[b] <= row < high[b]``."""
+    rows = first[:, None] + torch.arange(count, device=tensor.device)
+    valid = (rows >= low) & (rows < high[:, None])
+    rows = rows.clamp(0, max(tensor.shape[2] - 1, 0))
+    taken = torch.take_along_dim(tensor, rows[:, None, :, None], dim=2)
+    return taken.masked_fill(~valid[:, None, :, None], 0)
+
+
+def blocked_keys(tensor: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
+    """Keys or values [B, Hkv, Skv, D] on each row's block grid: [B, Hkv, N, block_size, D], zeros after the row's end."""
+    padded = geometry.key_blocks * geometry.block_size
+    if geometry.valid_ranges is None:
+        rows = F.pad(tensor, (0, 0, 0, padded - geometry.kv_len)) if padded != geometry.kv_len else tensor
+    else:
+        span = geometry.spans(tensor.device)
+        rows = gather_positions(tensor, span.start, padded, 0, span.start + span.key_end)
+    return rows.unflatten(2, (geometry.key_blocks, geometry.block_size))
+
+
+def blocked_queries(query: torch.Tensor, geometry: PrefillGeometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries on the block grid, [B, Hq, M, block_size, D] with zeros in unused rows, and their positions [B, M, block_size].
+
+    Positions of unused rows are -1.
+    """
+    count = geometry.query_blocks * geometry.block_size
+    span = geometry.spans(query.device)
+    grid = span.query_begin // geometry.block_size * geometry.block_size
+    positions = grid[:, None] + torch.arange(count, device=query.device)
+    used = (positions >= span.query_begin[:, None]) & (positions < span.query_end[:, None])
+    first = grid + span.start - geometry.query_offset
+    if count == geometry.query_len and geometry.valid_ranges is None and geometry.query_offset % geometry.block_size == 0:
+        rows = query
+    else:
+        rows = gather_positions(query, first, count, 0, first + count).masked_fill(~used[:, None, :, None], 0)
+    shape = (geometry.query_blocks, geometry.block_size)
+    return rows.unflatten(2, shape), positions.masked_fill(~used, -1).unflatten(1, shape)
+
+
+def block_means(key: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
+    """Mean key of each block: [B, Hkv, Skv, D] -> [B, Hkv, N, D] in the keys' dtype, summed in float32."""
+    count = (geometry.spans(key.device).key_end[:, None] - _block_starts(geometry, key.device)).clamp(1, geometry.block_size)
+    total = blocked_keys(key, geometry).sum(3, dtype=torch.float32)
+    return (total / count[:, None, :, None]).to(key.dtype)
+
+
+def select_blocks(
+    query: torch.Tensor,
+    means: torch.Tensor,
+    geometry: PrefillGeometry,
+    *,
+    scale: float,
+    alpha: float,
+    sink_blocks: int,
+    window_blocks: int,
+    dense_tail_blocks: int,
+    first_query_block: int,
+    query_blocks: int,
+) -> BlockIndex:
+    """Lists for ``query_blocks`` query blocks from ``first_query_block`` on; the rule is reference.kept_blocks."""
+    device, (batch, heads) = query.device, query.shape[:2]
+    chosen = slice(first_query_block, first_query_block + query_blocks)
+    rows, positions = blocked_queries(query, geometry)
+    rows, positions = rows[:, :, chosen], positions[:, chosen]
+    span = geometry.spans(device)
+    last_key = torch.minimum(_block_starts(geometry, device) + geometry.block_size, span.key_end[:, None]) - 1
+    energies = _block_energies(rows, positions, means, last_key, scale)
+
+    own = span.query_begin[:, None] // geometry.block_size + torch.arange(chosen.start, chosen.stop, device=device)
+    tail = torch.div(span.query_end + geometry.block_size - 1, geometry.block_size, rounding_mode="floor")
+    query_block = own[:, None, :, None]
+    key_block = torch.arange(geometry.key_blocks, device=device)
+    log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
+    kept = energies >= energies.amax(-1, keepdim=True) + log_alpha
+    kept |= (key_block < sink_blocks) | (query_block - key_block < window_blocks)
+    kept |= query_block >= (tail - dense_tail_blocks)[:, None, None, None]
+    visible = geometry.visible_counts(device)[:, chosen]
+    kept &= key_block < visible[:, None, :, None]
+    return BlockIndex.from_mask(kept.expand(batch, heads, -1, -1), geometry, first_query_block)
+
+
+def _block_starts(geometry: PrefillGeometry, device: torch.device) -> torch.Tensor:
+    return torch.arange(geometry.key_blocks, device=device)[None, :] * geometry.block_size
+
+
+def _block_energies(
+    rows: torch.Tensor, positions: torch.Tensor, means: torch.Tensor, last_key: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """log2 energies [B, Hq, T, N] of blocked queries [B, Hq, T, block_size, D] against means [B, Hkv, N, D]."""
+    batch, heads, tiles, block_size, _ = rows.shape
+    key_heads, key_blocks = means.shape[1:3]
+    means = means.float().transpose(2, 3)
+    energies = torch.empty(batch, heads, tiles, key_blocks, dtype=torch.float32, device=rows.device)
+    step = max(1, LOGITS_AT_ONCE // max(1, batch * heads * block_size * key_blocks))
+    for first in range(0, tiles, step):
+        part = slice(first, first + step)
+        grouped = rows[:, :, part].float().mul(scale * math.log2(math.e)).unflatten(1, (key_heads, -1))
+        logits = torch.matmul(grouped.flatten(2, 4), means).view(batch, heads, -1, block_size, key_blocks)
+        seen = positions[:, None, part, :, None] >= last_key[:, None, None, None, :]
+        logits.masked_fill_(~seen, -math.inf)
+        largest = logits.amax(3, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        energies[:, :, part] = logits.sub_(largest).exp2_().sum(3).log2_().add_(largest.squeeze(3))
+    return energies

@@ -1,0 +1,30 @@
+"""NVIDIA GPUs: portable Triton kernels. Under ``TRITON_INTERPRET=1`` they also run on CPU tensors, slowly."""
+
+from __future__ import annotations
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from .attend import attend_blocks
+from .pool import _block_means_kernel, block_means
+from .select import select_blocks
+
+__all__ = ["attend_blocks", "block_means", "obstacle", "select_blocks"]
+
+MAX_HEAD_DIM = 256
+
+
+def obstacle(query: torch.Tensor) -> str | None:
+    """Why the kernels cannot take tensors like ``query``, or None."""
+    interpreted = isinstance(_block_means_kernel, InterpretedFunction)
+    if query.device.type != "cuda" and not interpreted:
+        return f"tensors must be on a CUDA device, got {query.device}"
+    if torch.version.hip is not None:
+        return "AMD GPUs are untested"
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the GPU's compute capability must be 8.0 or newer"
+    if interpreted and query.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    if query.shape[-1] > MAX_HEAD_DIM or query.shape[-1] % 8:
+        return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    return None

@@ -1,0 +1,185 @@
+"""Exact attention over listed key blocks, in plain Triton for every supported GPU.
+
+The query block's own key block comes first, in a loop with run-time bounds; then one flat loop without masks runs over
+the list. In the other order, or with the own block as straight-line code, ptxas serialises every wgmma of the kernel on
+Hopper (warning C7515).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ...block_index import BlockIndex
+from .primitives import compute_capability, launch_context, row_span
+from .tuning import attend_tiles
+
+
+@triton.jit(do_not_specialize=["kv_len", "query_len", "query_offset", "first_query_block", "tiles", "width"])
+def _attend_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    output_ptr,
+    ranges_ptr,
+    indices_ptr,
+    counts_ptr,
+    scale_log2,
+    kv_len,
+    query_len,
+    query_offset,
+    first_query_block,
+    tiles,
+    width,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qs: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vs: tl.int64,
+    stride_ob: tl.int64,
+    stride_oh: tl.int64,
+    stride_os: tl.int64,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one query block and head against the block's list.
+
+    Heads of a group run side by side because they share keys; late query blocks start first because their lists are
+    longest.
+    """
+    PARTS: tl.constexpr = BLOCK // BLOCK_M
+    SUBTILES: tl.constexpr = BLOCK // BLOCK_N
+    head, batch = tl.program_id(0), tl.program_id(2)
+    part = tl.program_id(1) % PARTS
+    tile = tiles - 1 - tl.program_id(1) // PARTS
+    start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    own = query_begin // BLOCK + first_query_block + tile
+    first_position = own * BLOCK + part * BLOCK_M
+    if (first_position < query_end) & (first_position + BLOCK_M > query_begin) & (query_end > query_begin):
+        channels = tl.arange(0, BLOCK_D)
+        in_head = channels < HEAD_DIM
+        positions = first_position + tl.arange(0, BLOCK_M)
+        is_query = (positions >= query_begin) & (positions < query_end)
+        query_rows = (start - query_offset + positions).to(tl.int64)
+        queries = tl.load(
+            query_ptr + batch * stride_qb + head * stride_qh + query_rows[:, None] * stride_qs + channels[None, :],
+            mask=is_query[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        columns = tl.arange(0, BLOCK_N)
+        row_keys = (start + columns).to(tl.int64)
+        key_tile = key_ptr + batch * stride_kb + (head // GROUP) * stride_kh
+        key_tile += row_keys[None, :] * stride_ks + channels[:, None]
+        value_tile = value_ptr + batch * stride_vb + (head // GROUP) * stride_vh
+        value_tile += row_keys[:, None] * stride_vs + channels[None, :]
+
+        # A finite start keeps a row whose first columns are all masked free of inf - inf.
+        running_max = tl.full((BLOCK_M,), -1e30, tl.float32)
+        running_sum = tl.zeros((BLOCK_M,), tl.float32)
+        accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+        for first_key in range(own * BLOCK, tl.minimum(first_position + BLOCK_M, key_end), BLOCK_N):
+            offset = tl.full((), first_key, tl.int64)
+            key_positions = first_key + columns
+            is_key = key_positions < key_end
+            keys = tl.load(key_tile + offset * stride_ks, mask=is_key[None, :] & in_head[:, None], other=0.0)
+            logits = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+            logits = tl.where(positions[:, None] >= key_positions[None, :], logits, float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(logits, 1))
+            weights = tl.exp2(logits - new_max[:, None])
+            rescale = tl.exp2(running_max - new_max)
+            running_sum = running_sum * rescale + tl.sum(weights, 1)
+            accumulator = accumulator * rescale[:, None]
+            values = tl.load(value_tile + offset * stride_vs, mask=is_key[:, None] & in_head[None, :], other=0.0)
+            accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
+            running_max = new_max
+
+        list_row = (batch * tl.num_programs(0) + head).to(tl.int64) * tiles + tile
+        listed = indices_ptr + list_row * width
+        # The list's last entry is the block's own, done above.
+        others = tl.load(counts_ptr + list_row) - 1
+        for step in range(others * SUBTILES):
+            block = tl.load(listed + step // SUBTILES)
+            offset = (block * BLOCK + step % SUBTILES * BLOCK_N).to(tl.int64)
+            if HEAD_DIM == BLOCK_D:
+                keys = tl.load(key_tile + offset * stride_ks)
+            else:
+                keys = tl.load(key_tile + offset * stride_ks, mask=in_head[:, None], other=0.0)
+            logits = tl.dot(queries, keys, input_precision="ieee")
+            new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2)
+            weights = tl.exp2(logits * scale_log2 - new_max[:, None])
+            rescale = tl.exp2(running_max - new_max)
+            running_sum = running_sum * rescale + tl.sum(weights, 1)
+            accumulator = accumulator * rescale[:, None]
+            if HEAD_DIM == BLOCK_D:
+                values = tl.load(value_tile + offset * stride_vs)
+            else:
+                values = tl.load(value_tile + offset * stride_vs, mask=in_head[None, :], other=0.0)
+            accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
+            running_max = new_max
+
+        accumulator = accumulator / running_sum[:, None]
+        tl.store(
+            output_ptr + batch * stride_ob + head * stride_oh + query_rows[:, None] * stride_os + channels[None, :],
+            accumulator.to(output_ptr.dtype.element_ty),
+            mask=is_query[:, None] & in_head[None, :],
+        )
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone."""
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    geometry = index.geometry
+    batch, heads, query_len, head_dim = query.shape
+    block_d = triton.next_power_of_2(head_dim)
+    tiles = attend_tiles(compute_capability(query), block_d, query.dtype, geometry.block_size)
+    with launch_context(query):
+        _attend_kernel[heads, index.query_blocks * (geometry.block_size // tiles.block_m), batch](
+            query,
+            key,
+            value,
+            output,
+            geometry.valid_ranges,
+            index.indices,
+            index.counts,
+            scale * math.log2(math.e),
+            geometry.kv_len,
+            query_len,
+            geometry.query_offset,
+            index.first_query_block,
+            index.query_blocks,
+            index.indices.shape[-1],
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *output.stride()[:3],
+            GROUP=heads // key.shape[1],
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK=geometry.block_size,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            HAS_RANGES=geometry.valid_ranges is not None,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )

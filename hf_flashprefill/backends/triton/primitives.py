@@ -1,0 +1,34 @@
+"""What several kernels share: Triton helpers, and the device a launch belongs to."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: tl.constexpr):
+    """(start, query_begin, query_end, key_end) of one batch row, as geometry.RowSpan defines them."""
+    if HAS_RANGES:
+        start = tl.load(ranges_ptr + 2 * batch)
+        end = tl.load(ranges_ptr + 2 * batch + 1)
+        query_begin = tl.maximum(query_offset - start, 0)
+        query_end = tl.maximum(tl.minimum(end, query_offset + query_len) - start, 0)
+        key_end = tl.maximum(end - start, 0)
+    else:
+        start = 0
+        query_begin = query_offset
+        query_end = query_offset + query_len
+        key_end = kv_len
+    return start, query_begin, query_end, key_end
+
+
+def launch_context(tensor: torch.Tensor):
+    """Makes the tensor's GPU current: Triton launches on the current one, wherever the pointers are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def compute_capability(tensor: torch.Tensor) -> tuple[int, int]:
+    """Of the tensor's GPU; the interpreter plays a Hopper."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)

@@ -1,0 +1,187 @@
+"""Scores and lists in one kernel: each program owns one query block of one head, so nothing is reduced across programs.
+
+The product is taken transposed, means x queries: energies then reduce along a row of the accumulator, inside a warp. The
+program keeps one log2 energy per key block, finds their maximum on the way, and walks its own scores once more to write
+the list. No sort, no second tensor, no wait for the host.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ...block_index import BlockIndex
+from ...geometry import PrefillGeometry
+from .primitives import compute_capability, launch_context, row_span
+from .tuning import select_tiles
+
+
+@triton.jit
+def _log_energy(logits):
+    """log2 of the summed exp2 along the last axis; -inf where all are -inf."""
+    largest = tl.max(logits, 1)
+    finite = tl.where(largest == float("-inf"), 0.0, largest)
+    return finite + tl.log2(tl.sum(tl.exp2(logits - finite[:, None]), 1))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "kv_len",
+        "query_len",
+        "query_offset",
+        "first_query_block",
+        "key_blocks",
+        "width",
+        "sink_blocks",
+        "window_blocks",
+        "dense_tail_blocks",
+    ]
+)
+def _select_blocks_kernel(
+    query_ptr,
+    means_ptr,
+    ranges_ptr,
+    energies_ptr,
+    indices_ptr,
+    counts_ptr,
+    scale_log2,
+    log2_alpha,
+    kv_len,
+    query_len,
+    query_offset,
+    first_query_block,
+    key_blocks,
+    width,
+    sink_blocks,
+    window_blocks,
+    dense_tail_blocks,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qs: tl.int64,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_LIST: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+):
+    """One program: scores of all key blocks for one query block and head, and the list of those kept."""
+    head, tile, batch = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
+    heads, tiles = tl.num_programs(0), tl.num_programs(1)
+    start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    own = query_begin // BLOCK + first_query_block + tile
+    list_row = (batch * heads + head).to(tl.int64) * tiles + tile
+    energies_ptr += list_row * width
+    indices_ptr += list_row * width
+    if (own * BLOCK >= query_end) | (query_end <= query_begin):
+        tl.store(counts_ptr + list_row, 0)
+    else:
+        channels = tl.arange(0, BLOCK_D)
+        positions = own * BLOCK + tl.arange(0, BLOCK)
+        is_query = (positions >= query_begin) & (positions < query_end)
+        query_rows = (start - query_offset + positions).to(tl.int64)
+        queries = tl.load(
+            query_ptr + batch * stride_qb + head * stride_qh + query_rows[None, :] * stride_qs + channels[:, None],
+            mask=is_query[None, :] & (channels < HEAD_DIM)[:, None],
+            other=0.0,
+        )
+        bias = tl.where(is_query, 0.0, float("-inf"))
+        means_ptr += (batch * (heads // GROUP) + head // GROUP).to(tl.int64) * key_blocks * HEAD_DIM
+        best = tl.full((), float("-inf"), tl.float32)
+
+        # Every query of the block sees the blocks before its own whole.
+        for first in range(0, own, BLOCK_N):
+            blocks = first + tl.arange(0, BLOCK_N)
+            means = tl.load(
+                means_ptr + blocks[:, None] * HEAD_DIM + channels[None, :],
+                mask=(blocks < own)[:, None] & (channels < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            logits = tl.dot(means, queries, input_precision="ieee") * scale_log2 + bias[None, :]
+            energies = _log_energy(logits)
+            best = tl.maximum(best, tl.max(tl.where(blocks < own, energies, float("-inf"))))
+            tl.store(energies_ptr + blocks, energies, mask=blocks < own)
+
+        # Its own block only the query at that block's last key (and padding after it, which is no query) sees whole.
+        last_key = tl.minimum((own + 1) * BLOCK, key_end) - 1
+        own_mean = tl.load(means_ptr + own * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
+        own_logits = tl.sum(own_mean[:, None].to(tl.float32) * queries.to(tl.float32), 0) * scale_log2 + bias
+        own_logits = tl.where(positions >= last_key, own_logits, float("-inf"))
+        own_energy = tl.max(_log_energy(own_logits[None, :]))
+        best = tl.maximum(best, own_energy)
+        tl.store(energies_ptr + own, own_energy)
+
+        # Other threads of this program wrote the energies read next.
+        tl.debug_barrier()
+        threshold = best + log2_alpha
+        keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
+        count = 0
+        for first in range(0, own + 1, BLOCK_LIST):
+            blocks = first + tl.arange(0, BLOCK_LIST)
+            energies = tl.load(energies_ptr + blocks, mask=blocks <= own, other=float("-inf"))
+            kept = (energies >= threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
+            kept = (kept & (blocks <= own)).to(tl.int32)
+            place = count + tl.cumsum(kept, 0) - 1
+            tl.store(indices_ptr + place, blocks, mask=kept != 0)
+            count += tl.sum(kept, 0)
+        tl.store(counts_ptr + list_row, count)
+
+
+def select_blocks(
+    query: torch.Tensor,
+    means: torch.Tensor,
+    geometry: PrefillGeometry,
+    *,
+    scale: float,
+    alpha: float,
+    sink_blocks: int,
+    window_blocks: int,
+    dense_tail_blocks: int,
+    first_query_block: int,
+    query_blocks: int,
+) -> BlockIndex:
+    """Lists for ``query_blocks`` query blocks from ``first_query_block`` on; the rule is reference.kept_blocks."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    batch, heads, query_len, head_dim = query.shape
+    width = geometry.visible_blocks_bound(first_query_block + query_blocks - 1)
+    shape = (batch, heads, query_blocks)
+    energies = torch.empty(*shape, width, dtype=torch.float32, device=query.device)
+    indices = torch.empty(*shape, width, dtype=torch.int32, device=query.device)
+    counts = torch.empty(shape, dtype=torch.int32, device=query.device)
+    block_d = triton.next_power_of_2(head_dim)
+    tiles = select_tiles(compute_capability(query), block_d, query.dtype)
+    with launch_context(query):
+        _select_blocks_kernel[heads, query_blocks, batch](
+            query,
+            means,
+            geometry.valid_ranges,
+            energies,
+            indices,
+            counts,
+            scale * math.log2(math.e),
+            math.log2(alpha) if alpha > 0 else -math.inf,
+            geometry.kv_len,
+            query_len,
+            geometry.query_offset,
+            first_query_block,
+            geometry.key_blocks,
+            width,
+            sink_blocks,
+            window_blocks,
+            dense_tail_blocks,
+            *query.stride()[:3],
+            GROUP=heads // means.shape[1],
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK=geometry.block_size,
+            BLOCK_N=tiles.block_n,
+            BLOCK_LIST=256,
+            HAS_RANGES=geometry.valid_ranges is not None,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+    return BlockIndex(indices, counts, geometry, first_query_block)

@@ -1,0 +1,83 @@
+"""Every setting of a sparse prefill: its default, unit and allowed range."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, fields
+from typing import Any
+
+SELECTORS = ("flashprefill",)
+BACKENDS = ("auto", "triton", "torch", "reference")
+BLOCK_SIZES = (64, 128)
+
+
+@dataclass(frozen=True)
+class FlashPrefillConfig:
+    """Settings of the sparse prefill. Values are checked on construction.
+
+    Attributes:
+        alpha: A key block is kept when its score is at least ``alpha`` times the largest score of its query block and
+            head (arXiv 2603.06199, the max-based threshold). From 0 to 1; 0 keeps every block, which is dense attention
+            up to rounding.
+        selector: The rule that scores key blocks. ``"flashprefill"`` is the published one: block means, energies
+            summed over the block's queries.
+        block_size: Tokens in a query block and in a key block, 64 or 128.
+        sink_blocks: Blocks at the start of the prompt that are always kept, >= 0.
+        window_blocks: Blocks up to and including the query's own that are always kept, >= 1.
+        dense_tail_blocks: Query blocks at the end of the prompt that see every block, >= 0. In a prefill in chunks each
+            chunk's end counts, because a chunk does not tell whether another follows.
+        min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0.
+        dense_layers: Layers, counted from 0, that stay dense.
+        backend: ``"triton"`` (NVIDIA GPU), ``"torch"`` (any device), ``"reference"`` (the specification, slow), or
+            ``"auto"``: triton where it can run, else torch.
+
+    Raises:
+        ValueError: A value is out of its range; names the field, the value and the range.
+        TypeError: A value is of the wrong type.
+    """
+
+    alpha: float = 0.05
+    selector: str = "flashprefill"
+    block_size: int = 128
+    sink_blocks: int = 2
+    window_blocks: int = 4
+    dense_tail_blocks: int = 2
+    min_seq_len: int = 4096
+    dense_layers: tuple[int, ...] = ()
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, numbers.Real):
+            raise TypeError(f"alpha must be a number from 0 to 1, got {self.alpha!r}")
+        if not (math.isfinite(self.alpha) and 0 <= self.alpha <= 1):
+            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha!r}")
+        object.__setattr__(self, "alpha", float(self.alpha))
+        _require_choice("selector", self.selector, SELECTORS)
+        _require_choice("backend", self.backend, BACKENDS)
+        _require_choice("block_size", self.block_size, BLOCK_SIZES)
+        for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0), ("min_seq_len", 0)):
+            _require_integer(name, getattr(self, name), least)
+        if isinstance(self.dense_layers, (str, bytes)) or not hasattr(self.dense_layers, "__iter__"):
+            raise TypeError(f"dense_layers must be a sequence of layer numbers, got {self.dense_layers!r}")
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for layer in self.dense_layers:
+            _require_integer("dense_layers", layer, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values; ``FlashPrefillConfig(**d)`` restores them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["dense_layers"] = list(self.dense_layers)
+        return values
+
+
+def _require_choice(name: str, value: Any, choices: tuple) -> None:
+    if isinstance(value, bool) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _require_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must hold whole numbers >= {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value!r}")

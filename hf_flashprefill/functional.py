@@ -1,0 +1,205 @@
+"""The operator: sparse causal attention of one prefill call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from . import reference
+from .block_index import BlockIndex
+from .config import FlashPrefillConfig
+from .geometry import PrefillGeometry
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Scores (float32) and lists (int32) of the query blocks in work, in bytes. Query blocks beyond it wait for the next round,
+# which keeps 1M tokens and 32 heads, 17 GiB at once, within half a GiB.
+SCRATCH_BYTES = 1 << 29
+
+
+class PrefillOutput(NamedTuple):
+    """Attention output [B, Hq, Sq, D] and the lists of kept key blocks."""
+
+    output: torch.Tensor
+    index: BlockIndex
+
+
+def flash_prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    config: FlashPrefillConfig | None = None,
+    scale: float | None = None,
+    query_offset: int | None = None,
+    valid_ranges: torch.Tensor | None = None,
+    return_index: bool = False,
+    on_index: Callable[[BlockIndex], None] | None = None,
+) -> torch.Tensor | PrefillOutput:
+    """Causal attention over the key blocks that the configured selector keeps.
+
+    Query head h reads key-value head h // (Hq / Hkv). Query i stands at buffer position ``query_offset + i`` and sees the
+    keys at and before it. Any strides are accepted; nothing is written to the inputs. No gradients are computed. For a
+    prompt without padding on the triton backend nothing waits for the device.
+
+    Args:
+        query: [B, Hq, Sq, D], float32, float16 or bfloat16.
+        key: [B, Hkv, Skv, D], of the query's dtype and device. Hkv divides Hq.
+        value: [B, Hkv, Skv, D].
+        config: Settings; ``FlashPrefillConfig()`` if None. ``min_seq_len`` and ``dense_layers`` concern models, not this
+            function, which is always sparse.
+        scale: Multiplies query-key products; ``D ** -0.5`` if None.
+        query_offset: Buffer position of the first query, 0 to Skv - Sq; ``Skv - Sq`` if None, which suits whole prompts,
+            chunks and continuations of a cached prefix.
+        valid_ranges: Integers [B, 2]: each row's first valid buffer position and the one after its last. The values lie
+            in 0..Skv; they are read on the device only. None if nothing is padding.
+        return_index: Also return the lists of kept blocks.
+        on_index: Called with the lists as they are made, a part of a long prompt's query blocks at a time, which never
+            holds all of them.
+
+    Returns:
+        [B, Hq, Sq, D] in the query's dtype, a view of [B, Sq, Hq, D] memory; zeros for queries outside their row's valid
+        range. With ``return_index`` a PrefillOutput.
+
+    Raises:
+        TypeError: An argument is of the wrong type or dtype.
+        ValueError: Shapes, devices or values do not fit; or the backend asked for cannot run here.
+    """
+    config = FlashPrefillConfig() if config is None else config
+    if not isinstance(config, FlashPrefillConfig):
+        raise TypeError(f"config must be a FlashPrefillConfig, got {type(config).__name__}")
+    geometry = _checked_geometry(query, key, value, config.block_size, query_offset, valid_ranges)
+    scale = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
+    backend = resolve_backend(config.backend, query)
+    rule = {
+        "alpha": config.alpha,
+        "sink_blocks": config.sink_blocks,
+        "window_blocks": config.window_blocks,
+        "dense_tail_blocks": config.dense_tail_blocks,
+    }
+    parts: list[BlockIndex] = []
+
+    def report(index: BlockIndex) -> None:
+        if return_index:
+            parts.append(index)
+        if on_index is not None:
+            on_index(index)
+
+    with torch.no_grad():
+        if backend is reference:
+            index = reference.select_blocks(query, key, geometry, scale=scale, **rule)
+            output = reference.attend_blocks(query, key, value, index, scale=scale).to(query.dtype)
+            report(index)
+        else:
+            # Padding rows are nobody's to write, so they must start as zeros.
+            fill = torch.empty if valid_ranges is None else torch.zeros
+            batch, heads, query_len, head_dim = query.shape
+            output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+            means = backend.block_means(key, geometry)
+            for first, count in _rounds(geometry, heads):
+                index = backend.select_blocks(
+                    query, means, geometry, scale=scale, first_query_block=first, query_blocks=count, **rule
+                )
+                backend.attend_blocks(query, key, value, index, scale=scale, output=output)
+                report(index)
+    return PrefillOutput(output, BlockIndex.concatenate(parts)) if return_index else output
+
+
+def resolve_backend(name: str, query: torch.Tensor) -> ModuleType:
+    """The module that serves backend ``name`` for tensors like ``query``.
+
+    Raises:
+        ValueError: ``"triton"`` was asked for and cannot run on this device, dtype or head_dim.
+    """
+    if name == "reference":
+        return reference
+    # Triton's interpreter takes CPU tensors too, but nobody wants it unasked.
+    if name == "triton" or (name == "auto" and query.is_cuda):
+        obstacle = triton_obstacle(query)
+        if obstacle is None:
+            from .backends import triton
+
+            return triton
+        if name == "triton":
+            raise ValueError(f'backend "triton" cannot run here: {obstacle}')
+    from .backends import torch as torch_backend
+
+    return torch_backend
+
+
+def triton_obstacle(query: torch.Tensor) -> str | None:
+    """Why the triton backend cannot take tensors like ``query``, or None."""
+    try:
+        from .backends import triton
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    return triton.obstacle(query)
+
+
+def _rounds(geometry: PrefillGeometry, heads: int) -> list[tuple[int, int]]:
+    """(first, count) of the query blocks worked on together; follows from shapes alone."""
+    bytes_per_block = 8 * geometry.batch * heads * geometry.key_blocks
+    step = max(1, SCRATCH_BYTES // max(1, bytes_per_block))
+    return [(first, min(step, geometry.query_blocks - first)) for first in range(0, geometry.query_blocks, step)]
+
+
+def _checked_geometry(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_size: int,
+    query_offset: int | None,
+    valid_ranges: torch.Tensor | None,
+) -> PrefillGeometry:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got shape {_shape(tensor)}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
+    batch, heads, query_len, head_dim = query.shape
+    if min(query.shape) < 1:
+        raise ValueError(f"query must have at least one row, head, token and channel, got shape {_shape(query)}")
+    key_heads, kv_len = key.shape[1:3]
+    if key.shape[0] != batch or key.shape[-1] != head_dim:
+        raise ValueError(f"key must match the query's batch {batch} and head_dim {head_dim}, got shape {_shape(key)}")
+    if value.shape != key.shape:
+        raise ValueError(f"value must have the key's shape {_shape(key)}, got {_shape(value)}")
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"key must have a number of heads that divides the query's {heads}, got {key_heads}")
+    if kv_len < query_len:
+        raise ValueError(f"key must hold at least the query's {query_len} tokens, got {kv_len}")
+    if query_offset is None:
+        query_offset = kv_len - query_len
+    elif isinstance(query_offset, bool) or not isinstance(query_offset, int):
+        raise TypeError(f"query_offset must be an int from 0 to {kv_len - query_len}, got {query_offset!r}")
+    elif not 0 <= query_offset <= kv_len - query_len:
+        raise ValueError(f"query_offset must be from 0 to {kv_len - query_len}, got {query_offset}")
+    if valid_ranges is not None:
+        if not isinstance(valid_ranges, torch.Tensor) or valid_ranges.dtype not in (torch.int32, torch.int64):
+            raise TypeError("valid_ranges must be an int32 or int64 tensor [batch, 2]")
+        if valid_ranges.shape != (batch, 2):
+            raise ValueError(f"valid_ranges must have shape ({batch}, 2), got {_shape(valid_ranges)}")
+        valid_ranges = valid_ranges.to(device=query.device, dtype=torch.int32)
+    return PrefillGeometry(batch, query_len, kv_len, query_offset, block_size, valid_ranges)
+
+
+def _checked_scale(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a finite number > 0, got {scale!r}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+    return float(scale)
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

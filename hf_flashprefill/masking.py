@@ -1,0 +1,121 @@
+"""The mask function transformers calls for a patched model.
+
+For a plain causal call it answers with a PlainCausalMask, which holds no more than which tokens are real; for anything
+else with what the model's previous implementation would have got. Without a mask function of our own, transformers would
+pass None everywhere, and padding, chunks and static caches would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+
+class PlainCausalMask(torch.Tensor):
+    """Bool [B, valid length]: which of the keys before ``valid length`` are real tokens, one run per row.
+
+    Its presence says that the call is plain causal with the query's end at ``valid length``; keys after that are unused
+    cache. The class survives ``.to(device)``, so a mask that accelerate moves between devices is still known. Without
+    padding it is one expanded True of no size.
+    """
+
+    @classmethod
+    def without_padding(cls, batch: int, valid_length: int, device: torch.device) -> PlainCausalMask:
+        return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, valid_length).as_subclass(cls)
+
+    def valid_ranges(self) -> torch.Tensor | None:
+        """int32 [B, 2] as flash_prefill_attention takes them, or None when nothing is padding. Never waits."""
+        if self.stride() == (0, 0):
+            return None
+        return _runs(self.as_subclass(torch.Tensor))[0]
+
+
+def prefill_mask(base: str, min_seq_len: int, **arguments: Any) -> Any:
+    """The mask of one forward pass; ``arguments`` are transformers' own and differ between its versions."""
+    query_length, query_offset = _query_span(arguments)
+    plain = (
+        query_length > 1
+        and query_length >= min_seq_len
+        and not torch.compiler.is_compiling()
+        and arguments.get("mask_function", causal_mask_function) is causal_mask_function
+        and arguments.get("local_size") is None
+        and not _is_nonzero(arguments.get("kv_offset", 0))
+    )
+    mask = _plain_mask(arguments, query_length, int(query_offset)) if plain else None
+    return base_mask(base, **arguments) if mask is None else mask
+
+
+def base_mask(base: str, **arguments: Any) -> Any:
+    """What the implementation ``base`` would have got from transformers."""
+    function = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(base)
+    return None if function is None else function(**arguments)
+
+
+def base_mask_for(base: str, mask: PlainCausalMask, query: torch.Tensor, config: Any) -> Any:
+    """The mask that implementation ``base`` needs for the plain causal call that ``mask`` describes.
+
+    Keys must have been cut to the mask's length first.
+    """
+    (batch, valid_length), query_length = mask.shape, query.shape[2]
+    offset = valid_length - query_length
+    padding = None if mask.stride() == (0, 0) else mask.as_subclass(torch.Tensor)
+    arguments = {
+        "batch_size": batch,
+        "kv_length": valid_length,
+        "kv_offset": 0,
+        "mask_function": causal_mask_function,
+        "attention_mask": padding,
+        "allow_is_causal_skip": True,
+        "dtype": query.dtype,
+        "config": config,
+    }
+    if _TAKES_CACHE_POSITION:
+        arguments["cache_position"] = torch.arange(offset, valid_length, device=query.device)
+    else:
+        arguments |= {"q_length": query_length, "q_offset": offset, "device": query.device}
+    return base_mask(base, **arguments)
+
+
+# Up to transformers 5.3 the mask functions take the queries' positions as a tensor, since 5.4 as a length and an offset.
+_TAKES_CACHE_POSITION = "cache_position" in ALL_MASK_ATTENTION_FUNCTIONS["sdpa"].__code__.co_varnames[:2]
+
+
+def _query_span(arguments: dict[str, Any]) -> tuple[int, Any]:
+    if "cache_position" in arguments:
+        positions = arguments["cache_position"]
+        return positions.shape[0], positions[0]
+    return arguments["q_length"], arguments.get("q_offset", 0)
+
+
+def _is_nonzero(value: Any) -> bool:
+    return bool(value != 0)
+
+
+def _plain_mask(arguments: dict[str, Any], query_length: int, query_offset: int) -> PlainCausalMask | None:
+    """The marker for a plain causal call; None if the padding is not one run of tokens per row."""
+    valid_length = query_offset + query_length
+    padding = arguments.get("attention_mask")
+    device = arguments.get("device")
+    if device is None:
+        device = arguments["cache_position"].device if "cache_position" in arguments else "cpu"
+    if padding is None:
+        return PlainCausalMask.without_padding(arguments["batch_size"], valid_length, torch.device(device))
+    if padding.dim() != 2 or padding.shape[1] < valid_length:
+        return None
+    padding = padding[:, :valid_length].as_subclass(torch.Tensor)
+    whole, one_run = torch.stack([padding.all(), _runs(padding)[1]]).tolist()
+    if whole:
+        return PlainCausalMask.without_padding(len(padding), valid_length, padding.device)
+    return padding.as_subclass(PlainCausalMask) if one_run else None
+
+
+def _runs(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one-after-last real position per row, int32 [B, 2], and whether each row's tokens are one run."""
+    real = padding.to(torch.int32)
+    count = real.sum(1)
+    first = real.argmax(1)
+    last = padding.shape[1] - 1 - real.flip(1).argmax(1)
+    ranges = torch.stack([first, first + count], 1).to(torch.int32)
+    return ranges, ((last - first + 1 == count) | (count == 0)).all()

@@ -1,0 +1,230 @@
+"""Switching sparse prefill on and off for one model instance, through transformers' own registries.
+
+Each combination of settings and previous implementation is registered once under a name of its own, and a patched model
+is a model whose config carries such a name. Nothing else changes, so ``deepcopy`` and ``save_pretrained`` need no help.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from .attention import PrefillSettings, prefill_attention
+from .config import FlashPrefillConfig
+from .masking import prefill_mask
+from .stats import reset_prefill_stats
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers takes meaning from those.
+NAME = "block_sparse_prefill"
+
+_SETTINGS: dict[str, PrefillSettings] = {}
+
+
+class UnsupportedModelError(ValueError):
+    """The model's attention cannot be patched; the message names the class and the reason."""
+
+
+def patch_model(
+    model: ModelT, alpha: float | None = None, *, config: FlashPrefillConfig | None = None, **overrides: Any
+) -> ModelT:
+    """Give ``model`` sparse prefill, in place. Decode, short prompts and whatever is not plain causal stay dense.
+
+    Patching a patched model replaces its settings and starts its statistics anew. Models that share one config object are
+    patched together.
+
+    Args:
+        model: A ``PreTrainedModel`` whose layers go through transformers' AttentionInterface, or a PEFT model around one.
+            Of a multimodal model only the text part is patched.
+        alpha: Replaces ``config.alpha``.
+        config: Settings; ``FlashPrefillConfig()`` if None.
+        **overrides: Single fields of FlashPrefillConfig.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: Not a transformers model, or an argument that FlashPrefillConfig does not have.
+        ValueError: A setting is out of range.
+        UnsupportedModelError: The model does not fit; nothing was changed.
+    """
+    settings_config = _merged_config(alpha, config, overrides)
+    part = _SeamPart.of(model)
+    part.require_supported()
+    layers = getattr(part.config, "num_hidden_layers", None)
+    if layers is not None and any(layer >= layers for layer in settings_config.dense_layers):
+        raise ValueError(f"dense_layers must lie from 0 to {layers - 1}, got {settings_config.dense_layers}")
+    name = _register(PrefillSettings(settings_config, part.base))
+    part.set_implementation(name)
+    reset_prefill_stats(model)
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Give ``model`` back the attention implementation it had, in place; a model that is not patched stays as it is."""
+    part = _SeamPart.of(model)
+    if part.implementation in _SETTINGS:
+        part.set_implementation(part.base)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``patch_model`` is in effect on ``model``."""
+    return _SeamPart.of(model).implementation in _SETTINGS
+
+
+def patched_config(model: nn.Module) -> FlashPrefillConfig | None:
+    """The settings in effect on ``model``, or None if it is not patched."""
+    settings = _SETTINGS.get(_SeamPart.of(model).implementation)
+    return None if settings is None else settings.config
+
+
+@contextlib.contextmanager
+def patched(
+    model: ModelT, alpha: float | None = None, *, config: FlashPrefillConfig | None = None, **overrides: Any
+) -> Iterator[ModelT]:
+    """``patch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception."""
+    part = _SeamPart.of(model)
+    previous = part.implementation
+    patch_model(model, alpha, config=config, **overrides)
+    try:
+        yield model
+    finally:
+        part.set_implementation(previous)
+
+
+@contextlib.contextmanager
+def unpatched(model: ModelT) -> Iterator[ModelT]:
+    """``unpatch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception."""
+    part = _SeamPart.of(model)
+    previous = part.implementation
+    unpatch_model(model)
+    try:
+        yield model
+    finally:
+        part.set_implementation(previous)
+
+
+def register_attention(config: FlashPrefillConfig | None = None, *, base: str = "sdpa") -> str:
+    """Register settings as an attention implementation and return its name, ``"block_sparse_prefill"``.
+
+    Afterwards ``from_pretrained(..., attn_implementation="block_sparse_prefill")`` loads patched models. Calling it again
+    replaces the settings of that name, also for models that carry it.
+
+    Args:
+        config: Settings; ``FlashPrefillConfig()`` if None.
+        base: The implementation that dense calls go to.
+    """
+    return _register(PrefillSettings(_merged_config(None, config, {}), base), NAME)
+
+
+def _merged_config(alpha: float | None, config: FlashPrefillConfig | None, overrides: dict[str, Any]) -> FlashPrefillConfig:
+    config = FlashPrefillConfig() if config is None else config
+    if not isinstance(config, FlashPrefillConfig):
+        raise TypeError(f"config must be a FlashPrefillConfig, got {type(config).__name__}")
+    known = [field.name for field in fields(FlashPrefillConfig)]
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise TypeError(f"unknown settings {unknown}; FlashPrefillConfig has {known}")
+    if alpha is not None:
+        overrides = overrides | {"alpha": alpha}
+    return replace(config, **overrides)
+
+
+def _register(settings: PrefillSettings, name: str | None = None) -> str:
+    if name is None:
+        content = json.dumps([settings.config.to_dict(), settings.base], sort_keys=True)
+        name = f"{NAME}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    _SETTINGS[name] = settings
+    AttentionMaskInterface.register(name, functools.partial(prefill_mask, settings.base, settings.config.min_seq_len))
+    AttentionInterface.register(name, functools.partial(prefill_attention, settings))
+    return name
+
+
+class _SeamPart:
+    """The part of a model that is patched: the model itself, or the text part of a multimodal one."""
+
+    def __init__(self, model: PreTrainedModel, key: str | None):
+        self.model, self.key = model, key
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _SeamPart:
+        if not isinstance(model, PreTrainedModel):
+            # PEFT wraps the model and offers this; it does not inherit from PreTrainedModel.
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else None
+            if not isinstance(inner, PreTrainedModel):
+                raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+            model = inner
+        text = model.config.get_text_config(decoder=True)
+        if text is model.config:
+            return cls(model, None)
+        for key in model.config.sub_configs:
+            if getattr(model.config, key, None) is text:
+                return cls(model, key)
+        raise UnsupportedModelError(f"{type(model).__name__}: its text config is not among its sub-configs")
+
+    @property
+    def config(self) -> Any:
+        return self.model.config if self.key is None else getattr(self.model.config, self.key)
+
+    @property
+    def implementation(self) -> str:
+        return self.config._attn_implementation
+
+    @property
+    def base(self) -> str:
+        """The implementation that is in effect without us."""
+        settings = _SETTINGS.get(self.implementation)
+        return self.implementation if settings is None else settings.base
+
+    def attention_modules(self) -> list[nn.Module]:
+        """Modules of the patched part that call the AttentionInterface."""
+        return [
+            module
+            for module in self.model.modules()
+            if getattr(module, "config", None) is self.config
+            and hasattr(module, "layer_idx")
+            and "ALL_ATTENTION_FUNCTIONS" in _source(type(module))
+        ]
+
+    def require_supported(self) -> None:
+        name = type(self.model).__name__
+        modules = self.attention_modules()
+        if not self.model._can_set_attn_implementation() or not modules:
+            raise UnsupportedModelError(f"{name}: its attention does not go through transformers' AttentionInterface")
+        for module in modules:
+            if re.search(r"\b(block_)?indices=", _source(type(module))):
+                raise UnsupportedModelError(f"{name}: {type(module).__name__} brings its own sparse index")
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"{name}: encoder-decoder models have no causal prefill")
+
+    def set_implementation(self, name: str) -> None:
+        """Set the implementation, or leave everything as it was and raise UnsupportedModelError."""
+        previous = self.implementation
+        self.model.set_attn_implementation(name if self.key is None else {self.key: name})
+        # transformers only warns about classes it cannot switch.
+        stuck = [module for module in self.attention_modules() if module.config._attn_implementation != name]
+        if self.implementation != name or stuck:
+            self.model.set_attn_implementation(previous if self.key is None else {self.key: previous})
+            culprit = type(stuck[0]).__name__ if stuck else type(self.model).__name__
+            raise UnsupportedModelError(f"{culprit} did not take the attention implementation")
+
+
+@functools.cache
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""

@@ -1,0 +1,191 @@
+"""The specification: each stage of FlashPrefill (arXiv 2603.06199) in plain eager torch.
+
+Stages work on one batch row whose padding has been cut away, so position 0 is the row's first token. They are written to
+be read beside the paper, not to be fast. Where the published code and this text differ, on purpose: only real query rows
+are scored, means are summed in float32, a partial last key block is visible to the row at its last real key, and nothing
+is sorted.
+
+Letters: Hq query heads, Hkv key-value heads, R queries, S keys, D head_dim, M query blocks, N key blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .block_index import BlockIndex
+from .geometry import PrefillGeometry
+
+
+def block_means(keys: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Mean key of each block: [Hkv, S, D] -> [Hkv, N, D] in the keys' dtype; a partial block divides by its real count."""
+    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    means = [block.to(wide).mean(dim=1) for block in keys.split(block_size, dim=1)]
+    return torch.stack(means, dim=1).to(keys.dtype)
+
+
+def block_energies(
+    queries: torch.Tensor,
+    positions: torch.Tensor,
+    means: torch.Tensor,
+    key_count: int,
+    block_size: int,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """log2 of the energy of every (query head, query block, key block): [Hq, M, N].
+
+    The energy of key block J for query block I is the sum, over the rows r of I that may see all of J, of
+    exp(scale * q_r . mean_J). Rows are on the grid of ``positions``; M counts from the first row's block. Pairs that no
+    row may see are -inf.
+
+    Args:
+        queries: [Hq, R, D].
+        positions: int64 [R], rising by one; query r stands at key ``positions[r]``.
+        means: [Hkv, N, D].
+        key_count: Keys S of the row.
+        block_size: Tokens per block.
+        scale: Multiplies the dot product.
+        dtype: The precision of the computation.
+    """
+    group = queries.shape[0] // means.shape[0]
+    logits = queries.to(dtype) @ means.to(dtype).repeat_interleave(group, 0).transpose(1, 2) * (scale * math.log2(math.e))
+    last_key = torch.arange(1, means.shape[1] + 1, device=queries.device) * block_size - 1
+    last_key = last_key.clamp(max=key_count - 1)
+    logits = logits.masked_fill(positions[:, None] < last_key, -math.inf)
+    first_block = int(positions[0]) // block_size
+    blocks = positions // block_size - first_block
+    # logsumexp in base 2: exp2 and log2 are what the kernels use.
+    per_block = [logits[:, blocks == block] for block in range(int(blocks[-1]) + 1)]
+    return torch.stack([(rows * math.log(2)).logsumexp(1) / math.log(2) for rows in per_block], dim=1)
+
+
+def kept_blocks(
+    energies: torch.Tensor,
+    first_block: int,
+    *,
+    alpha: float,
+    sink_blocks: int,
+    window_blocks: int,
+    dense_tail_blocks: int,
+) -> torch.Tensor:
+    """The max-based threshold: log2 energies [Hq, M, N] -> kept blocks, bool [Hq, M, N].
+
+    Block J is kept for query block I (counted from ``first_block``) when its energy is at least ``alpha`` times the
+    row's largest, or J is among the first ``sink_blocks``, or I - J < ``window_blocks``, or I is among the row's last
+    ``dense_tail_blocks``; and J <= I.
+    """
+    tiles, count = energies.shape[1:]
+    query_block = torch.arange(first_block, first_block + tiles, device=energies.device)[:, None]
+    key_block = torch.arange(count, device=energies.device)[None, :]
+    log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
+    kept = energies >= energies.amax(-1, keepdim=True) + log_alpha
+    kept = kept | (key_block < sink_blocks) | (query_block - key_block < window_blocks)
+    kept = kept | (query_block >= first_block + tiles - dense_tail_blocks)
+    return kept & (key_block <= query_block)
+
+
+def row_attention(
+    queries: torch.Tensor,
+    positions: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    block_size: int,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Exact causal attention over the kept blocks: [Hq, R, D] and [Hkv, S, D] -> [Hq, R, D] in ``dtype``."""
+    group = queries.shape[0] // keys.shape[0]
+    key_position = torch.arange(keys.shape[1], device=queries.device)
+    first_block = int(positions[0]) // block_size
+    outputs = []
+    for head, query in enumerate(queries):
+        key, value = keys[head // group].to(dtype), values[head // group].to(dtype)
+        blocks = []
+        for block, mask in enumerate(kept[head]):
+            rows = positions // block_size == first_block + block
+            seen = mask.repeat_interleave(block_size)[: len(key)] & (key_position <= positions[rows, None])
+            logits = (query[rows].to(dtype) @ key.T * scale).masked_fill(~seen, -math.inf)
+            blocks.append(logits.softmax(-1) @ value)
+        outputs.append(torch.cat(blocks))
+    return torch.stack(outputs)
+
+
+def select_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    geometry: PrefillGeometry,
+    *,
+    scale: float,
+    alpha: float,
+    sink_blocks: int,
+    window_blocks: int,
+    dense_tail_blocks: int,
+    dtype: torch.dtype = torch.float32,
+) -> BlockIndex:
+    """The published selection for a whole batch: query [B, Hq, Sq, D], key [B, Hkv, Skv, D] -> BlockIndex."""
+    kept = torch.zeros(
+        geometry.batch,
+        query.shape[1],
+        geometry.query_blocks,
+        geometry.key_blocks,
+        dtype=torch.bool,
+        device=query.device,
+    )
+    for row, span in enumerate(geometry.row_spans()):
+        if span.query_end <= span.query_begin:
+            continue
+        queries, positions = _row_queries(query[row], span, geometry)
+        keys = key[row, :, span.start : span.start + span.key_end]
+        energies = block_energies(
+            queries,
+            positions,
+            block_means(keys, geometry.block_size),
+            span.key_end,
+            geometry.block_size,
+            scale,
+            dtype,
+        )
+        row_kept = kept_blocks(
+            energies,
+            span.query_begin // geometry.block_size,
+            alpha=alpha,
+            sink_blocks=sink_blocks,
+            window_blocks=window_blocks,
+            dense_tail_blocks=dense_tail_blocks,
+        )
+        kept[row, :, : row_kept.shape[1], : row_kept.shape[2]] = row_kept
+    return BlockIndex.from_mask(kept, geometry)
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Exact attention over an index of the whole call -> [B, Hq, Sq, D] in ``dtype``; rows of padding are zeros."""
+    geometry, kept = index.geometry, index.to_mask()
+    output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=dtype, device=query.device)
+    for row, span in enumerate(geometry.row_spans()):
+        if span.query_end <= span.query_begin:
+            continue
+        queries, positions = _row_queries(query[row], span, geometry)
+        keys, values = (tensor[row, :, span.start : span.start + span.key_end] for tensor in (key, value))
+        first = span.start + span.query_begin - geometry.query_offset
+        output[row, :, first : first + queries.shape[1]] = row_attention(
+            queries, positions, keys, values, kept[row], geometry.block_size, scale, dtype
+        )
+    return output
+
+
+def _row_queries(query: torch.Tensor, span, geometry: PrefillGeometry) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row's valid queries [Hq, R, D] and their positions [R]."""
+    first = span.start + span.query_begin - geometry.query_offset
+    positions = torch.arange(span.query_begin, span.query_end, device=query.device)
+    return query[:, first : first + len(positions)], positions

@@ -1,0 +1,66 @@
+"""Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    if not HAS_GPU:
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels run: the GPU if there is one, else the CPU under the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def recall_model():
+    """The bundled model and its tokenizer."""
+    from eval.common import BUNDLED_MODEL, load_model
+
+    return load_model(str(BUNDLED_MODEL), "cpu", "float32")
+
+
+@pytest.fixture(scope="session")
+def recall_states(recall_model):
+    """Query [1, Hq, S, D] and key [1, Hkv, S, D] of every layer of the bundled model on a real prompt of 2000 tokens."""
+    from random import Random
+
+    import hf_flashprefill.attention as seam
+    from eval.haystack import encode, standard_library_text
+    from eval.needle import middle_prompt
+    from hf_flashprefill import patched
+
+    model, tokenizer = recall_model
+    corpus = encode(tokenizer, standard_library_text("held_out")[:100_000])
+    prompt = middle_prompt(tokenizer, corpus, 2000, [0.0, 0.5, 1.0], Random(0))
+    states, operator = [], seam.flash_prefill_attention
+
+    def recording(query, key, value, **kwargs):
+        states.append((query.clone(), key.clone()))
+        return operator(query, key, value, **kwargs)
+
+    seam.flash_prefill_attention = recording
+    try:
+        with patched(model, min_seq_len=1), torch.no_grad():
+            model(torch.tensor([prompt.ids]), logits_to_keep=1)
+    finally:
+        seam.flash_prefill_attention = operator
+    return states

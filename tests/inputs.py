@@ -1,0 +1,127 @@
+"""Tensors and models that several tests use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one operator call; ``ranges`` are valid (first, end) buffer positions per row."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    query_len: int
+    kv_len: int
+    head_dim: int
+    ranges: tuple[tuple[int, int], ...] | None = None
+    query_offset: int | None = None
+    dtype: torch.dtype = torch.float32
+    strided: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"b{self.batch}", f"h{self.heads}/{self.key_heads}", f"q{self.query_len}/{self.kv_len}", f"d{self.head_dim}"]
+        parts += ["ranges"] if self.ranges else []
+        parts += [f"at{self.query_offset}"] if self.query_offset is not None else []
+        parts += ["strided"] if self.strided else []
+        return "-".join([*parts, str(self.dtype).removeprefix("torch.")])
+
+    @property
+    def offset(self) -> int:
+        return self.kv_len - self.query_len if self.query_offset is None else self.query_offset
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Query, key, value and valid ranges. Keys of a neighbourhood share a direction, so that block means differ and
+        thresholds decide something; whatever is not valid is NaN, so that whoever reads it is found out."""
+        query = self._random(self.heads, self.query_len, device)
+        key = self._random(self.key_heads, self.kv_len, device)
+        directions = 2 * torch.randn(self.batch, self.key_heads, self.kv_len // 64 + 1, self.head_dim, device=device)
+        key += directions.repeat_interleave(64, 2)[:, :, : self.kv_len].to(self.dtype)
+        value = self._random(self.key_heads, self.kv_len, device)
+        ranges = None
+        if self.ranges is not None:
+            ranges = torch.tensor(self.ranges, device=device)
+            for row, (first, end) in enumerate(self.ranges):
+                for tensor in (key, value):
+                    tensor[row, :, :first] = float("nan")
+                    tensor[row, :, end:] = float("nan")
+                position = self.offset + torch.arange(self.query_len, device=device)
+                query[row, :, (position < first) | (position >= end)] = float("nan")
+        return query, key, value, ranges
+
+    def _random(self, heads: int, tokens: int, device: torch.device) -> torch.Tensor:
+        if not self.strided:
+            return torch.randn(self.batch, heads, tokens, self.head_dim, device=device).to(self.dtype)
+        # As projections leave it: tokens outermost, and a row longer than the heads need.
+        wide = torch.full((self.batch, tokens, heads, self.head_dim + 8), float("nan"), device=device, dtype=self.dtype)
+        wide[..., : self.head_dim] = torch.randn(self.batch, tokens, heads, self.head_dim, device=device)
+        return wide[..., : self.head_dim].transpose(1, 2)
+
+
+UGLY_CASES = [
+    Case(1, 2, 2, 1, 1, 64),
+    Case(1, 4, 1, 63, 63, 64),
+    Case(1, 2, 1, 127, 127, 80),
+    Case(2, 4, 2, 129, 129, 64),
+    Case(1, 7, 1, 300, 300, 64, strided=True),
+    Case(1, 2, 1, 200, 700, 96),
+    Case(1, 2, 2, 130, 400, 64, query_offset=37),
+    Case(1, 2, 1, 257, 257, 128),
+    Case(1, 1, 1, 140, 300, 256),
+    Case(3, 2, 1, 400, 400, 64, ranges=((150, 400), (0, 260), (0, 400))),
+    Case(3, 2, 2, 200, 600, 64, ranges=((100, 600), (0, 450), (590, 600)), strided=True),
+    Case(2, 2, 1, 129, 129, 64, ranges=((5, 5), (0, 129))),
+]
+
+
+def exact_dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, ranges: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Causal attention in float64 with a dense mask; zeros for queries that are padding."""
+    batch, heads, query_len, _ = query.shape
+    group = heads // key.shape[1]
+    key_position = torch.arange(key.shape[2], device=query.device)
+    query_position = offset + torch.arange(query_len, device=query.device)
+    output = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    for row in range(batch):
+        first, end = (0, key.shape[2]) if ranges is None else ranges[row].tolist()
+        used = (query_position >= first) & (query_position < end)
+        seen = key_position[first:end] <= query_position[used, None]
+        for head in range(heads):
+            keys, values = (tensor[row, head // group, first:end].double() for tensor in (key, value))
+            logits = (query[row, head, used].double() @ keys.T * scale).masked_fill(~seen, float("-inf"))
+            output[row, head, used] = logits.softmax(-1) @ values
+    return output
+
+
+MODEL_CONFIGS = {
+    "llama": {"head_dim": 32},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mistral": {"head_dim": 32, "sliding_window": None},
+}
+
+
+def tiny_model(family: str = "llama", implementation: str = "sdpa", **overrides) -> PreTrainedModel:
+    """A two-layer random model with grouped queries."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 199,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    config = AutoConfig.for_model(family, **(settings | MODEL_CONFIGS.get(family, {}) | overrides))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return model.eval()

@@ -1,0 +1,127 @@
+"""flash_prefill_attention: every backend against float64, over shapes, paddings, offsets, strides and dtypes."""
+
+import pytest
+import torch
+
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, functional, reference
+from tests.inputs import UGLY_CASES, Case, exact_dense
+from tests.tolerance import assert_no_worse_than_eager, assert_same_output
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("case", UGLY_CASES, ids=str)
+def test_alpha_zero_is_dense_attention(backend, case, device):
+    query, key, value, ranges = case.tensors(device)
+    expected = exact_dense(query, key, value, case.offset, ranges, case.head_dim**-0.5)
+    config = FlashPrefillConfig(alpha=0, block_size=64, backend=backend)
+    output = flash_prefill_attention(query, key, value, config=config, query_offset=case.query_offset, valid_ranges=ranges)
+    assert output.shape == query.shape
+    assert_same_output(output, expected.float())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", UGLY_CASES, ids=str)
+def test_attention_over_the_same_index(backend, case, device):
+    query, key, value, ranges = case.tensors(device)
+    config = FlashPrefillConfig(alpha=0.6, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend=backend)
+    output, index = flash_prefill_attention(
+        query,
+        key,
+        value,
+        config=config,
+        query_offset=case.query_offset,
+        valid_ranges=ranges,
+        scale=0.2,
+        return_index=True,
+    )
+    exact = reference.attend_blocks(query, key, value, index, scale=0.2, dtype=torch.float64)
+    assert_same_output(output, exact.float())
+
+
+def test_sparse_cases_drop_blocks():
+    query, key, value, _ = Case(1, 7, 1, 700, 700, 64).tensors(torch.device("cpu"))
+    config = FlashPrefillConfig(alpha=0.6, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
+    assert flash_prefill_attention(query, key, value, config=config, return_index=True).index.density() < 0.7
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_half_precision_errs_no_more_than_eager(backend, device):
+    case = Case(1, 4, 2, 300, 500, 64, dtype=torch.float16)
+    query, key, value, _ = case.tensors(device)
+    config = FlashPrefillConfig(alpha=0.5, block_size=64, dense_tail_blocks=0, backend=backend)
+    output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
+    exact = reference.attend_blocks(query, key, value, index, scale=case.head_dim**-0.5, dtype=torch.float64)
+    eager = reference.attend_blocks(query, key, value, index, scale=case.head_dim**-0.5, dtype=case.dtype)
+    assert_no_worse_than_eager(output, eager, exact)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rounds_of_query_blocks_change_nothing(backend, device, monkeypatch):
+    case = Case(2, 2, 1, 400, 500, 64, ranges=((0, 500), (130, 480)))
+    query, key, value, ranges = case.tensors(device)
+    config = FlashPrefillConfig(alpha=0.5, block_size=64, dense_tail_blocks=1, backend=backend)
+    whole = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True)
+    monkeypatch.setattr(functional, "SCRATCH_BYTES", 1)
+    seen = []
+    parts = flash_prefill_attention(
+        query, key, value, config=config, valid_ranges=ranges, return_index=True, on_index=seen.append
+    )
+    assert len(seen) == whole.index.query_blocks > 4
+    assert torch.equal(parts.output, whole.output)
+    assert torch.equal(parts.index.to_mask(), whole.index.to_mask())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_same_bits_on_every_run(backend, device):
+    query, key, value, _ = Case(1, 2, 1, 400, 400, 64).tensors(device)
+    config = FlashPrefillConfig(alpha=0.3, block_size=64, backend=backend)
+    first = flash_prefill_attention(query, key, value, config=config)
+    assert torch.equal(first, flash_prefill_attention(query, key, value, config=config))
+
+
+def test_inputs_are_left_alone(device):
+    tensors = Case(2, 2, 1, 200, 200, 64, ranges=((30, 200), (0, 150))).tensors(device)
+    copies = [tensor.clone() for tensor in tensors]
+    flash_prefill_attention(*tensors[:3], valid_ranges=tensors[3])
+    for tensor, copy in zip(tensors, copies, strict=True):
+        torch.testing.assert_close(tensor, copy, equal_nan=True, atol=0, rtol=0)
+
+
+def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": "q"}, TypeError, "query"),
+        ({"query": shaped(4, 200, 64)}, ValueError, "query must have 4 dimensions"),
+        ({"query": shaped(1, 3, 200, 64)}, ValueError, "divides the query's 3"),
+        ({"query": shaped(1, 4, 0, 64)}, ValueError, "at least one"),
+        ({"query": shaped(1, 4, 200, 64, dtype=torch.float64)}, TypeError, "float64"),
+        ({"key": shaped(1, 2, 200, 64, dtype=torch.float16)}, TypeError, "key must have the query's dtype"),
+        ({"key": shaped(1, 2, 200, 32)}, ValueError, "head_dim 64"),
+        ({"key": shaped(1, 2, 100, 64), "value": shaped(1, 2, 100, 64)}, ValueError, "at least the query's 200"),
+        ({"key": torch.zeros(1, 2, 200, 64, device="meta")}, ValueError, "key must be on the query's device"),
+        ({"value": shaped(1, 2, 200, 32)}, ValueError, "value must have the key's shape"),
+        ({"query_offset": 1}, ValueError, "query_offset must be from 0 to 0"),
+        ({"query_offset": 0.0}, TypeError, "query_offset"),
+        ({"scale": 0.0}, ValueError, "scale"),
+        ({"scale": "1"}, TypeError, "scale"),
+        ({"valid_ranges": torch.zeros(1, 2)}, TypeError, "valid_ranges"),
+        ({"valid_ranges": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, "valid_ranges"),
+        ({"config": {"alpha": 0.1}}, TypeError, "config"),
+    ],
+)
+def test_bad_input_names_the_argument(change, error, message):
+    arguments = {"query": shaped(1, 4, 200, 64), "key": shaped(1, 2, 200, 64), "value": shaped(1, 2, 200, 64)}
+    with pytest.raises(error, match=message):
+        flash_prefill_attention(**(arguments | change))
+
+
+def test_head_dim_without_a_kernel(device):
+    query = torch.zeros(1, 1, 64, 264, device=device)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 up to 256, got 264"):
+        flash_prefill_attention(query, query, query, config=FlashPrefillConfig(backend="triton"))
+    # "auto" finds another way.
+    assert flash_prefill_attention(query, query, query).shape == query.shape

@@ -1,0 +1,139 @@
+"""What only a GPU can show: bfloat16, real tiles of every head_dim, graphs, no waiting, one million tokens of offsets."""
+
+import pytest
+import torch
+
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference
+from tests.inputs import Case, tiny_model
+from tests.tolerance import assert_no_worse_than_eager
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [
+    Case(1, 4, 1, 1000, 1000, 64),
+    Case(2, 4, 2, 300, 900, 80, strided=True),
+    Case(2, 2, 2, 513, 513, 96, ranges=((100, 513), (0, 400))),
+    Case(2, 8, 2, 700, 1500, 128, ranges=((100, 1500), (0, 1200)), strided=True),
+    Case(2, 4, 2, 129, 640, 256, query_offset=400),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_err_no_more_than_eager(shape, dtype):
+    case = Case(**{**vars(shape), "dtype": dtype})
+    query, key, value, ranges = case.tensors(torch.device("cuda"))
+    scale = case.head_dim**-0.5
+    config = FlashPrefillConfig(alpha=0.5, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton")
+    output, index = flash_prefill_attention(
+        query, key, value, config=config, query_offset=case.query_offset, valid_ranges=ranges, return_index=True
+    )
+    index.validate()
+    exact = reference.attend_blocks(query, key, value, index, scale=scale, dtype=torch.float64)
+    eager = reference.attend_blocks(query, key, value, index, scale=scale, dtype=dtype)
+    if dtype == torch.float32:
+        # Both are exact to a few roundings; which of them errs less is chance.
+        torch.testing.assert_close(output.double(), exact, atol=2e-5, rtol=1e-5)
+    else:
+        assert_no_worse_than_eager(output, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_selection_disagrees_only_within_rounding(dtype):
+    case = Case(1, 8, 2, 4096, 4096, 128, dtype=dtype)
+    query, key, value, _ = case.tensors(torch.device("cuda"))
+    for alpha in (0.4, 0.7):
+        config = FlashPrefillConfig(alpha=alpha, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton")
+        index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
+        energies = reference.block_energies(
+            query[0],
+            torch.arange(4096, device="cuda"),
+            reference.block_means(key[0], 128),
+            4096,
+            128,
+            128**-0.5,
+            torch.float64,
+        )
+        margin = energies - energies.amax(-1, keepdim=True) - torch.tensor(alpha).log2()
+        expected = reference.kept_blocks(energies, 0, alpha=alpha, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
+        wrong = index.to_mask()[0] != expected
+        assert margin[wrong].abs().le(1e-3).all()
+        assert 0.02 < expected.float().mean() < 0.5, "the threshold must have had something to decide"
+
+
+def test_a_plain_prompt_never_waits_for_the_device():
+    query, key, value, _ = Case(1, 8, 2, 2048, 4096, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
+    flash_prefill_attention(query, key, value)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flash_prefill_attention(query, key, value)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_new_length_compiles_nothing():
+    from hf_flashprefill.backends.triton.attend import _attend_kernel
+    from hf_flashprefill.backends.triton.pool import _block_means_kernel
+    from hf_flashprefill.backends.triton.select import _select_blocks_kernel
+
+    kernels = (_attend_kernel, _block_means_kernel, _select_blocks_kernel)
+
+    def run(tokens: int) -> int:
+        query = torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        key = torch.randn(1, 2, tokens, 128, device="cuda", dtype=torch.bfloat16)
+        flash_prefill_attention(query, key, key)
+        return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
+
+    before = run(4096)
+    for tokens in (1, 16, 513, 4097, 8192, 300_000):
+        assert run(tokens) == before, f"{tokens} tokens compiled a kernel"
+
+
+def test_graph_capture_replays_the_same_bits():
+    query, key, value, _ = Case(1, 8, 2, 2048, 2048, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
+    expected = flash_prefill_attention(query, key, value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = flash_prefill_attention(query, key, value)
+    output.zero_()
+    graph.replay()
+    assert torch.equal(output, expected)
+
+
+def test_offsets_beyond_32_bits():
+    """The last keys of a cache whose element offsets pass 2**31."""
+    kv_len = 600_000
+    key = torch.randn(1, kv_len, 8, 512, device="cuda", dtype=torch.bfloat16)[..., :128].transpose(1, 2)
+    query = torch.randn(1, 8, 256, 128, device="cuda", dtype=torch.bfloat16)
+    assert key.stride(2) * kv_len > 2**31
+    config = FlashPrefillConfig(alpha=1.0, sink_blocks=0, dense_tail_blocks=0, backend="triton")
+    output, index = flash_prefill_attention(query, key, key, config=config, return_index=True)
+    last = index.indices[0, 0, -1, : int(index.counts[0, 0, -1])].long()
+    positions = (last[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
+    positions = positions[positions < kv_len]
+    keys = key[0, 0, positions].double()
+    weights = (query[0, 0, -1].double() @ keys.T * 128**-0.5).softmax(-1)
+    torch.testing.assert_close(output[0, 0, -1].double(), weights @ keys, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@torch.no_grad()
+def test_generate_gives_the_tokens_of_the_unpatched_model(cache):
+    """A static cache compiles the decode steps, which must neither break nor be counted."""
+    model = tiny_model(head_dim=64).cuda()
+    ids = torch.randint(3, 199, (2, 400), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :130] = 0
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": mask,
+        "cache_implementation": cache,
+    }
+    expected = model.generate(ids, **settings)
+    patch_model(model, alpha=0, min_seq_len=64)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    stats = prefill_stats(model)
+    assert stats.sparse_calls == 2
+    assert set(stats.dense_calls) <= {"decode"}

@@ -1,0 +1,100 @@
+"""The other harnesses, run for real at small sizes."""
+
+import json
+
+import pytest
+import torch
+
+from eval import common, operator_speed, train_recall, ttft
+from eval.haystack import standard_library_text
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+
+
+def test_operator_speed_measures_and_records(tmp_path, capsys):
+    path = tmp_path / "operator.json"
+    assert operator_speed.main(["--lengths", "1024", "--seconds", "0.01", "--device", "cpu", "--output", str(path)]) == 0
+    last_line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["total_ms"] == sum(row[stage]["median_ms"] for stage in ("pool", "select", "attend"))
+    assert row["speedup_over_sdpa"] == pytest.approx(row["sdpa"]["median_ms"] / row["total_ms"])
+    assert last_line == {"1024": {"speedup_over_sdpa": round(row["speedup_over_sdpa"], 3)}}
+
+
+def test_a_failing_gate_prints_no_speed(monkeypatch, capsys, tmp_path):
+    from hf_flashprefill.backends import torch as backend
+
+    attend = backend.attend_blocks
+
+    def wrong(*args, output, **kwargs):
+        attend(*args, output=output, **kwargs)
+        output[..., 5, 0] += 1
+
+    monkeypatch.setattr(backend, "attend_blocks", wrong)
+    path = tmp_path / "operator.json"
+    assert operator_speed.main(["--lengths", "512", "--device", "cpu", "--output", str(path)]) == 1
+    assert not path.exists()
+    assert "speedup" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.9])
+def test_imposed_densities_are_met(density):
+    config = ttft.config_for_density(FlashPrefillConfig(min_seq_len=1), 8192, density)
+    query = torch.randn(1, 1, 8192, 64)
+    index = flash_prefill_attention(query, query, query, config=config, return_index=True).index
+    # Sinks, window, the scored block and two dense tail blocks come to .176 of 64 blocks' triangle.
+    assert index.density() == pytest.approx(max(density, 0.176), abs=0.02)
+
+
+def test_ttft_counts_and_compares(tmp_path):
+    path = tmp_path / "ttft.json"
+    assert ttft.main(["--lengths", "300", "--repeats", "2", "--device", "cpu", "--output", str(path)]) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["dense_calls"] == {}
+    assert row["density"] > 0
+    assert row["speedup"] == pytest.approx(row["unpatched"]["median_s"] / row["patched"]["median_s"])
+
+
+@pytest.mark.parametrize("arguments", [["--density", "2"], ["--density", "published", "--lengths", "1000"], ["--repeats", "0"]])
+def test_ttft_refuses(arguments):
+    with pytest.raises(common.UsageError, match=arguments[0]):
+        ttft.main(arguments)
+
+
+def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkeypatch):
+    text = standard_library_text("held_out")[:300_000]
+    monkeypatch.setattr(train_recall, "standard_library_text", lambda split: text)
+    sizes = [
+        "--hidden-size",
+        "32",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--head-dim",
+        "16",
+        "--vocab-size",
+        "400",
+    ]
+    steps = ["--stages", "128:25,256:25", "--tokens-per-step", "1024", "--recall-lengths", "400", "--recall-prompts", "3"]
+    assert train_recall.main(["--output", str(tmp_path), "--device", "cpu", *sizes, *steps]) == 0
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert [entry["window"] for entry in record["log"]] == [256]
+    assert record["log"][-1]["text_loss"] < 5.9
+    assert len(record["recall"]) == 5
+    assert all(0 <= row["recall"] <= 1 for row in record["recall"])
+    assert "| 400 |" in (tmp_path / "README.md").read_text()
+    model, tokenizer = common.load_model(str(tmp_path), "cpu", None)
+    assert model.config.num_hidden_layers == 1
+    # Going on from there starts where it ended.
+    more = ["--init", str(tmp_path), "--output", str(tmp_path / "more"), "--text-noise", "0.2", "--device", "cpu"]
+    assert train_recall.main([*more, "--stages", "128:2", *steps[2:]]) == 0
+    assert json.loads((tmp_path / "more" / "training.json").read_text())["log"][0]["text_loss"] < 5.9
+    assert tokenizer("481923", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(list("481923"))
+
+
+def test_stages_are_checked():
+    assert train_recall.parse_stages("128:5,256:7")[1] == train_recall.Stage(256, 7)
+    with pytest.raises(SystemExit):
+        train_recall.build_parser().parse_args(["--output", "x", "--stages", "128"])

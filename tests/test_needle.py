@@ -1,0 +1,141 @@
+"""The needle harness on the bundled model: prompts, scoring, output files, and errors that end in one line."""
+
+import json
+import subprocess
+import sys
+from random import Random
+
+import pytest
+
+from eval import needle
+from eval.haystack import encode, encode_fact, plant, random_fact, random_facts, standard_library_text
+from hf_flashprefill import FlashPrefillConfig, is_patched
+
+
+@pytest.fixture(scope="module")
+def corpus(recall_model):
+    return encode(recall_model[1], standard_library_text("held_out")[:200_000])
+
+
+def test_facts_are_unique_and_repeatable():
+    facts = random_facts(Random(3), 50)
+    assert len({fact.name for fact in facts}) == 50
+    assert facts == random_facts(Random(3), 50)
+    assert all(len(fact.code) == 6 and fact.code.isdigit() for fact in facts)
+
+
+def test_the_splits_share_no_file():
+    train, held_out = standard_library_text("train"), standard_library_text("held_out")
+    assert len(held_out) > 100_000
+    assert held_out[50_000:51_000] not in train
+
+
+def test_plant_puts_pieces_where_they_belong():
+    corpus = list(range(1000))
+    ids, positions = plant(corpus, 110, [(0.0, [-1, -2]), (0.5, [-3]), (1.0, [-4, -5, -6])], Random(0), prefix=[-9, -9, -9, -9])
+    assert len(ids) == 110
+    assert positions == [4, 56, 107]
+    assert (ids[:6], ids[56], ids[107:]) == ([-9, -9, -9, -9, -1, -2], -3, [-4, -5, -6])
+    text = [token for token in ids if token >= 0]
+    assert text == list(range(text[0], text[0] + 100))
+
+
+@pytest.mark.parametrize(("length", "tokens", "message"), [(4, 100, "length must be at least 5"), (200, 100, "text must have")])
+def test_plant_refuses_what_does_not_fit(length, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        plant(range(tokens), length, [(0.0, [1, 2, 3, 4, 5])], Random(0))
+
+
+def test_prompts_hold_the_answers_where_they_say(recall_model, corpus):
+    tokenizer = recall_model[1]
+    fact = random_fact(Random(1))
+    encoded = encode_fact(tokenizer, fact)
+    assert tokenizer.decode(encoded.answer) == fact.code
+    assert tokenizer.decode(encoded.question).endswith(fact.question)
+
+    prompt = needle.end_prompt(tokenizer, corpus, 700, 0.3, Random(2))
+    assert len(prompt.ids) == 700
+    assert tokenizer.decode(prompt.ids).count("The secret code of") == 2
+    assert prompt.ids[-1] != prompt.answers[0][0]
+
+    prompt = needle.middle_prompt(tokenizer, corpus, 900, [0.0, 0.5, 1.0], Random(2))
+    assert len(prompt.ids) == 900
+    for start, expected in zip(prompt.answer_starts, prompt.answers, strict=True):
+        assert prompt.ids[start : start + 6] == expected
+        assert 400 < start < 600
+
+
+def test_a_wrong_answer_is_scored_as_wrong(recall_model, corpus):
+    """Scores must be able to fail: the expected code is swapped for another fact's."""
+    model, tokenizer = recall_model
+    for prompt in (
+        needle.end_prompt(tokenizer, corpus, 600, 0.5, Random(5)),
+        needle.middle_prompt(tokenizer, corpus, 600, [0.5], Random(5)),
+    ):
+        assert needle.answer(model, prompt).correct == [True]
+        swapped = needle.Prompt(**{**vars(prompt), "answers": [encode(tokenizer, "123456")]})
+        assert needle.answer(model, swapped).correct == [False]
+
+
+def test_dropping_blocks_loses_answers_in_the_middle_only(recall_model, corpus):
+    model, tokenizer = recall_model
+    config = FlashPrefillConfig(alpha=1.0, sink_blocks=0, window_blocks=1, min_seq_len=1)
+    found = {"end": 0, "middle": 0}
+    for seed in range(4):
+        for prompt in (
+            needle.end_prompt(tokenizer, corpus, 2048, 0.3, Random(seed)),
+            needle.middle_prompt(tokenizer, corpus, 2048, [0.3], Random(seed)),
+        ):
+            before, after = needle.compare(model, prompt, config)
+            assert before.correct == [True]
+            assert before.density is None
+            assert after.density < 0.5
+            found[prompt.placement] += after.correct[0]
+    assert found["end"] == 4
+    assert found["middle"] < 4
+    assert not is_patched(model)
+
+
+def test_the_command_writes_table_picture_and_json(tmp_path, capsys):
+    arguments = ["--lengths", "600", "--depths", "0", "1", "--trials", "1", "--alpha", "0", "--output", str(tmp_path)]
+    assert needle.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "middle" in printed
+    assert "dense by rule" in printed
+    record = json.loads((tmp_path / "needle.json").read_text())
+    assert len(record["rows"]) == 4
+    assert [row["questions"] for row in record["summary"]] == [2, 2]
+    assert all(row["unpatched"] == row["patched"] and row["density"] == 1 for row in record["summary"])
+    assert record["config"]["alpha"] == 0
+    assert record["environment"]["torch"]
+    assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./no-such-folder"], "no such folder"),
+        (["--text-file", "no-such-file.txt"], "no-such-file.txt"),
+        (["--alpha", "2"], "alpha must be from 0 to 1"),
+        (["--selector", "best"], "selector must be one of"),
+        (["--depths", "1.5"], "--depths"),
+        (["--trials", "0"], "--trials"),
+        (["--device", "nowhere"], "--device nowhere"),
+        (["--lengths", "10"], "length must be at least"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, capsys):
+    from eval import common
+
+    monkeypatch.setattr(sys, "argv", ["needle", *arguments])
+    assert common.run_command(needle.main) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_the_exit_status_reaches_the_shell():
+    command = [sys.executable, "-m", "eval.needle", "--model", "./no-such-folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,134 @@
+"""The published rule, evaluated a second time in float64 straight from the paper's formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, reference
+from hf_flashprefill.geometry import PrefillGeometry
+from tests.inputs import UGLY_CASES, Case
+
+RULE = {"sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 0}
+
+
+def paper_energies(query: np.ndarray, key: np.ndarray, offset: int, block_size: int, scale: float) -> np.ndarray:
+    """Energies relative to each query block's largest, [M, N] for one head, in float64 loops.
+
+    Mean keys; softmax numerators of every query row against them, one exponent reference per query block; a row counts
+    for a key block once that block lies wholly in its past; summed over the rows (arXiv 2603.06199, section 3).
+    """
+    query, key = query.astype(np.float64), key.astype(np.float64)
+    key_blocks = [key[i : i + block_size] for i in range(0, len(key), block_size)]
+    ends = np.cumsum([len(block) for block in key_blocks]) - 1
+    positions = offset + np.arange(len(query))
+    first = positions[0] // block_size
+    energies = np.zeros((positions[-1] // block_size - first + 1, len(key_blocks)))
+    for tile in range(len(energies)):
+        rows = positions // block_size == first + tile
+        logits = np.array([scale * (query[rows] @ block.mean(0)) for block in key_blocks])
+        seen = ends[:, None] <= positions[rows][None, :]
+        reference_logit = logits[seen].max()
+        energies[tile] = (np.exp(logits - reference_logit) * seen).sum(1)
+    return energies / energies.max(1, keepdims=True)
+
+
+def disagreements(kept: np.ndarray, energies: np.ndarray, alpha: float, first: int) -> list[float]:
+    """Distances from the threshold, in log2, of the blocks on which ``kept`` and the formula disagree."""
+    tile = first + np.arange(len(energies))[:, None]
+    block = np.arange(energies.shape[1])[None, :]
+    forced = (block < RULE["sink_blocks"]) | (tile - block < RULE["window_blocks"])
+    expected = ((energies >= alpha) | forced) & (block <= tile)
+    with np.errstate(divide="ignore"):
+        return np.abs(np.log2(energies[kept != expected] / alpha)).tolist()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_selection_follows_the_papers_formula(backend, block_size, device):
+    decided = 0
+    for case in (Case(1, 2, 1, 900, 900, 64), Case(1, 2, 2, 300, 1000, 80), Case(1, 1, 1, 129, 640, 64)):
+        query, key, value, _ = case.tensors(device)
+        # The interpreter needs seconds a call; its kernel has one threshold for all.
+        for alpha in (0.3,) if backend == "triton" and device.type == "cpu" else (0.02, 0.3, 1.0):
+            config = FlashPrefillConfig(alpha=alpha, block_size=block_size, backend=backend, **RULE)
+            index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
+            kept = index.to_mask().cpu().numpy()
+            for head in range(case.heads):
+                head_key = key[0, head // (case.heads // case.key_heads)].cpu().numpy()
+                energies = paper_energies(query[0, head].cpu().numpy(), head_key, case.offset, block_size, case.head_dim**-0.5)
+                wrong = disagreements(kept[0, head], energies, alpha, case.offset // block_size)
+                assert all(distance < 1e-4 for distance in wrong), wrong
+                decided += int((energies < alpha).sum())
+    assert decided > 20, "the thresholds must have had something to decide"
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", UGLY_CASES, ids=str)
+def test_backends_select_what_the_reference_selects(backend, case, device):
+    query, key, value, ranges = case.tensors(device)
+    for block_size in (64, 128):
+        index = {}
+        for name in ("reference", backend):
+            config = FlashPrefillConfig(alpha=0.4, block_size=block_size, backend=name, **RULE)
+            index[name] = flash_prefill_attention(
+                query, key, value, config=config, query_offset=case.offset, valid_ranges=ranges, return_index=True
+            ).index
+            index[name].validate()
+        assert torch.equal(index[backend].to_mask(), index["reference"].to_mask())
+
+
+def test_real_queries_and_keys_follow_the_papers_formula(recall_states):
+    """The bundled model's own queries and keys, where sinks and outliers make scores uneven."""
+    decided = 0
+    for query, key in recall_states:
+        geometry = PrefillGeometry(1, query.shape[2], key.shape[2], 0, 128)
+        scale = query.shape[-1] ** -0.5
+        for alpha in (0.02, 0.1):
+            kept = reference.select_blocks(query, key, geometry, scale=scale, alpha=alpha, **RULE).to_mask().numpy()
+            for head in range(query.shape[1]):
+                head_key = key[0, head // (query.shape[1] // key.shape[1])].numpy()
+                energies = paper_energies(query[0, head].numpy(), head_key, 0, 128, scale)
+                wrong = disagreements(kept[0, head], energies, alpha, 0)
+                assert all(distance < 1e-3 for distance in wrong), wrong
+                decided += int((energies < alpha).sum())
+    assert decided > 100
+
+
+def test_forced_blocks_are_kept():
+    query, key, value, _ = Case(1, 2, 1, 1024, 1024, 64).tensors(torch.device("cpu"))
+    config = FlashPrefillConfig(alpha=1.0, block_size=64, sink_blocks=2, window_blocks=3, dense_tail_blocks=2)
+    index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
+    mask = index.to_mask()[0]
+    block = torch.arange(16)
+    assert mask[:, :, 0].all()
+    assert mask[:, 1:, 1].all()
+    for distance in range(3):
+        assert mask[:, block[distance:], block[distance:] - distance].all()
+    assert (mask[:, -2:] == (block <= block[-2:, None])).all()
+    assert index.density() < 0.8
+
+
+def test_a_padded_row_is_selected_as_it_would_be_alone():
+    alone = Case(1, 2, 1, 500, 500, 64)
+    query, key, value, _ = alone.tensors(torch.device("cpu"))
+    config = FlashPrefillConfig(alpha=0.5, block_size=64)
+    expected = flash_prefill_attention(query, key, value, config=config, return_index=True)
+    pad = (0, 0, 77, 0)
+    padded = [torch.nn.functional.pad(tensor, pad, value=math.nan) for tensor in (query, key, value)]
+    got = flash_prefill_attention(*padded, config=config, valid_ranges=torch.tensor([[77, 577]]), return_index=True)
+    assert torch.equal(got.output[:, :, 77:], expected.output)
+    assert not got.output[:, :, :77].any()
+    tiles, blocks = expected.index.to_mask().shape[2:]
+    assert torch.equal(got.index.to_mask()[:, :, :tiles, :blocks], expected.index.to_mask())
+
+
+def test_chunks_of_whole_blocks_select_as_the_whole_prompt_does():
+    query, key, value, _ = Case(1, 2, 1, 768, 768, 64).tensors(torch.device("cpu"))
+    config = FlashPrefillConfig(alpha=0.5, block_size=128, dense_tail_blocks=0)
+    whole = flash_prefill_attention(query, key, value, config=config)
+    for begin in (0, 256, 512):
+        end = begin + 256
+        part = flash_prefill_attention(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], config=config)
+        torch.testing.assert_close(part, whole[:, :, begin:end], atol=1e-6, rtol=1e-6)
