@@ -15,52 +15,21 @@ The same prompts are scored unpatched and patched. Differences are paired: recal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from random import Random
+import argparse
+import sys
+import time
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from eval.haystack import encode_fact, plant, random_facts
+from eval import common
+from eval.recall_prompts import PLACEMENTS, RecallPrompt, make_prompts
 from eval.scoring import score_tokens
-
-PLACEMENTS = ("second-half", "everywhere", "end")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question of a prompt.
-
-    Attributes:
-        answer: Token positions of the code; the tokens before it ask for it.
-        distance: Tokens from the nearest earlier copy of the code to this one.
-        fact_distance: Tokens from the fact itself; equals ``distance`` when it is asked for the first time.
-        asked_before: How often the same fact was asked earlier in the prompt.
-    """
-
-    answer: slice
-    distance: int
-    fact_distance: int
-    asked_before: int
-
-
-@dataclass(frozen=True)
-class RecallPrompt:
-    """Token ids with planted facts and questions.
-
-    Attributes:
-        name: Unique among the prompts of a run; the same arguments give the same prompt.
-        ids: int64 [S] token ids.
-        questions: In the order they stand in the prompt.
-        text: bool [S], the tokens of the ordinary text, without what is planted and without the first token.
-    """
-
-    name: str
-    ids: torch.Tensor
-    questions: list[Question]
-    text: torch.Tensor
+from eval.statistics import paired_difference, perplexity_rise
+from eval.texts import add_text_arguments, corpus_ids
+from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats
 
 
 class RecallScore(NamedTuple):
@@ -75,89 +44,6 @@ class RecallScore(NamedTuple):
     nll: torch.Tensor
 
 
-def make_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: Sequence[int],
-    length: int,
-    prompts: int,
-    facts: int = 16,
-    questions: int = 48,
-    seed: int = 0,
-    placement: str = "second-half",
-) -> list[RecallPrompt]:
-    """Prompts of ``length`` tokens.
-
-    Args:
-        tokenizer: Encodes the facts.
-        corpus: Token ids of the ordinary text.
-        length: Tokens of each prompt.
-        prompts: How many. A smaller number gives the first ones of a larger.
-        facts: Facts in each prompt.
-        questions: Questions in each prompt, dealt to the facts in turn: 48 questions ask each of 16 facts three times.
-        seed: Prompts are the same for the same seed, length and number.
-        placement: ``"second-half"``: facts in the first half, questions in the second. ``"everywhere"``: facts anywhere,
-            questions anywhere after their fact. ``"end"``: facts anywhere, all questions at the end.
-
-    Raises:
-        ValueError: A number is too small, the placement is unknown, or the prompt or the text is too short.
-    """
-    for name, value in (("prompts", prompts), ("facts", facts), ("questions", questions)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
-    return [
-        make_prompt(tokenizer, corpus, length, facts, questions, placement, f"{seed}/{length}/{number}")
-        for number in range(prompts)
-    ]
-
-
-def make_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    corpus: Sequence[int],
-    length: int,
-    facts: int,
-    questions: int,
-    placement: str,
-    name: str,
-) -> RecallPrompt:
-    """One prompt; ``name`` is its seed."""
-    random = Random(name)
-    encoded = [encode_fact(tokenizer, fact) for fact in random_facts(random, facts)]
-    owners = [i % facts for i in range(questions)]
-    random.shuffle(owners)
-    fact_end = 0.5 if placement == "second-half" else 1.0
-    fact_at = [random.random() * fact_end for _ in range(facts)]
-    # Ties must leave a fact before its questions, so the second entry orders them.
-    spots = [(fraction, 0, owner) for owner, fraction in enumerate(fact_at)]
-    spots += [(_question_fraction(placement, fact_at[owner], random), 1, owner) for owner in owners]
-    spots.sort()
-    pieces = [(fraction, encoded[owner].sentence) for fraction, _, owner in spots]
-    prefix = [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
-    ids, positions = plant(corpus, length, pieces, random, prefix)
-
-    text = torch.ones(length, dtype=torch.bool)
-    text[: max(1, len(prefix))] = False
-    seen: dict[int, list[int]] = {}
-    asked = []
-    for start, (_, _, owner) in zip(positions, spots, strict=True):
-        fact = encoded[owner]
-        text[start : start + len(fact.sentence)] = False
-        answer = slice(start + fact.answer_start, start + fact.answer_end)
-        earlier = seen.setdefault(owner, [])
-        if earlier:
-            asked.append(Question(answer, answer.start - earlier[-1], answer.start - earlier[0], len(earlier) - 1))
-        earlier.append(answer.start)
-    return RecallPrompt(name, torch.tensor(ids), asked, text)
-
-
-def _question_fraction(placement: str, fact: float, random: Random) -> float:
-    if placement == "end":
-        return 1.0
-    start = 0.5 if placement == "second-half" else fact
-    return start + random.random() * (1 - start)
-
-
 def score(model: PreTrainedModel, prompt: RecallPrompt) -> RecallScore:
     """Answers and text perplexity of one prompt, in one forward call of the model as it is, patched or not.
 
@@ -167,3 +53,173 @@ def score(model: PreTrainedModel, prompt: RecallPrompt) -> RecallScore:
     scores = score_tokens(model, prompt.ids)
     correct = [bool(scores.first_choice[question.answer].all()) for question in prompt.questions]
     return RecallScore(torch.tensor(correct), scores.nll)
+
+
+@dataclass(frozen=True)
+class QuestionRow:
+    """One question in the JSON: where the answer stands, what it had to reach over, and who got it right."""
+
+    position: int
+    distance: int
+    fact_distance: int
+    asked_before: int
+    unpatched_correct: bool
+    patched_correct: bool
+
+
+@dataclass(frozen=True)
+class RecallRow:
+    """One prompt in the JSON. ``nll`` is the mean over the ``text_tokens`` tokens of ordinary text."""
+
+    length: int
+    prompt: str
+    density: float | None
+    text_tokens: int
+    unpatched_nll: float
+    patched_nll: float
+    unpatched_seconds: float
+    patched_seconds: float
+    questions: list[QuestionRow]
+
+
+def compare(model: PreTrainedModel, prompt: RecallPrompt, config: FlashPrefillConfig) -> RecallRow:
+    """The same prompt unpatched and patched."""
+    started = time.perf_counter()
+    before = score(model, prompt)
+    between = time.perf_counter()
+    with patched(model, config=config):
+        after = score(model, prompt)
+        ended = time.perf_counter()
+        density = prefill_stats(model).density
+    questions = [
+        QuestionRow(q.answer.start, q.distance, q.fact_distance, q.asked_before, was, now)
+        for q, was, now in zip(prompt.questions, before.correct.tolist(), after.correct.tolist(), strict=True)
+    ]
+    return RecallRow(
+        length=len(prompt.ids),
+        prompt=prompt.name,
+        density=density,
+        text_tokens=int(prompt.text.sum()),
+        unpatched_nll=before.nll[prompt.text].double().mean().item(),
+        patched_nll=after.nll[prompt.text].double().mean().item(),
+        unpatched_seconds=between - started,
+        patched_seconds=ended - between,
+        questions=questions,
+    )
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """Per length: recall with the interval of its change, perplexity with the standard error of its rise, density; and
+    recall by eighths of the prompt, for distance and for position."""
+    summary = []
+    for length in sorted({row["length"] for row in rows}):
+        chosen = [row for row in rows if row["length"] == length]
+        questions = [question for row in chosen for question in row["questions"]]
+        before, after = ([q[f"{state}_correct"] for q in questions] for state in ("unpatched", "patched"))
+        change = paired_difference(before, after)
+        rise = perplexity_rise([row["patched_nll"] - row["unpatched_nll"] for row in chosen])
+        summary.append(
+            {
+                "length": length,
+                "prompts": len(chosen),
+                "questions": len(questions),
+                "density": common.mean([row["density"] for row in chosen]),
+                "unpatched_recall": sum(before) / len(before),
+                "patched_recall": sum(after) / len(after),
+                "recall_change": change.estimate,
+                "recall_change_low": change.low,
+                "recall_change_high": change.high,
+                "unpatched_nll": common.mean([row["unpatched_nll"] for row in chosen]),
+                "patched_nll": common.mean([row["patched_nll"] for row in chosen]),
+                "perplexity_rise": rise.rise,
+                "perplexity_rise_standard_error": rise.standard_error,
+                "by_distance": by_eighth(questions, "distance", length),
+                "by_position": by_eighth(questions, "position", length),
+            }
+        )
+    return summary
+
+
+def by_eighth(questions: list[dict], field: str, length: int) -> list[dict]:
+    """Recall of the questions whose ``field`` lies in each eighth of ``length``; eighths without any are left out."""
+    table = []
+    for part in range(8):
+        chosen = [question for question in questions if part * length <= 8 * question[field] < (part + 1) * length]
+        if chosen:
+            shares = {s: sum(q[f"{s}_correct"] for q in chosen) / len(chosen) for s in ("unpatched", "patched")}
+            table.append({"start": part * length // 8, "end": (part + 1) * length // 8, "questions": len(chosen)} | shares)
+    return table
+
+
+def summary_table(summary: list[dict]) -> str:
+    header = ["tokens", "asked", "density", "unpatched", "patched", "change (95 %)", "perplexity", "rise"]
+    cells = []
+    for row in summary:
+        error = row["perplexity_rise_standard_error"]
+        low, high = 100 * row["recall_change_low"], 100 * row["recall_change_high"]
+        cells.append(
+            [
+                str(row["length"]),
+                str(row["questions"]),
+                common.format_density(row["density"]),
+                f"{row['unpatched_recall']:.1%}",
+                f"{row['patched_recall']:.1%}",
+                f"{100 * row['recall_change']:+.1f} pt ({low:+.1f} to {high:+.1f})",
+                common.format_perplexity(row["unpatched_nll"]),
+                f"{row['perplexity_rise']:+.2%}" + ("" if error is None else f" ± {error:.2%}"),
+            ]
+        )
+    return common.format_table(header, cells)
+
+
+def detail_table(table: list[dict], what: str) -> str:
+    header = [what, "asked", "unpatched", "patched"]
+    cells = [
+        [f"{row['start']}-{row['end']}", str(row["questions"]), f"{row['unpatched']:.1%}", f"{row['patched']:.1%}"]
+        for row in table
+    ]
+    return common.format_table(header, cells)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.Parser("recall", __doc__)
+    common.add_run_arguments(parser, "recall", lengths=[2048, 4096, 8192])
+    add_text_arguments(parser)
+    parser.add_argument("--prompts", type=int, default=4, help="per length (default: %(default)s)")
+    parser.add_argument("--facts", type=int, default=16, help="in each prompt (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=48, help="in each prompt (default: %(default)s)")
+    parser.add_argument(
+        "--placement", choices=PLACEMENTS, default="second-half", help="of the questions (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    config = common.check_run_arguments(args)
+    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    corpus = corpus_ids(tokenizer, args)
+    try:
+        groups = [
+            make_prompts(tokenizer, corpus, length, args.prompts, args.facts, args.questions, args.seed, args.placement)
+            for length in dict.fromkeys(args.lengths)
+        ]
+    except ValueError as error:
+        raise common.UsageError(str(error)) from None
+    prompts = common.limited(groups, args.limit)
+
+    def work(i: int) -> list[dict]:
+        return [asdict(compare(model, prompts[i], config))]
+
+    result = common.run_and_record("recall", args, model, config, [prompt.name for prompt in prompts], work, summarise)
+    if result:
+        print(summary_table(result.summary))
+        longest = result.summary[-1]
+        print(f"\nat {longest['length']} tokens, by distance in tokens from the nearest earlier copy of the code")
+        print(detail_table(longest["by_distance"], "distance"))
+        print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_command(main))
