@@ -235,6 +235,11 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def describe(config: FlashPrefillConfig) -> str:
+    """Selector and threshold, for titles."""
+    return f"selector {config.selector}, alpha {config.alpha:g}"
+
+
 def format_density(density: float | None) -> str:
     return "dense" if density is None else f"{density:.3f}"
 
