@@ -249,6 +249,15 @@ def format_perplexity(nll: float) -> str:
     return f"{math.exp(nll):.2f}" if nll < 20 else f"e^{nll:.1f}"
 
 
+def format_rise(rise: float, standard_error: float | None) -> str:
+    return f"{rise:+.2%}" + ("" if standard_error is None else f" ± {standard_error:.2%}")
+
+
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of every text, such as a begin-of-text token."""
+    return [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
+
+
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)

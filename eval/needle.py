@@ -79,7 +79,7 @@ def end_prompt(tokenizer: PreTrainedTokenizerBase, corpus: Sequence[int], length
     """One fact at ``depth`` of the text, asked for at the very end."""
     fact = encode_fact(tokenizer, random_facts(random, 1)[0])
     pieces = [(depth, fact.sentence), (1.0, fact.question)]
-    ids, _ = plant(corpus, length, pieces, random, _prefix(tokenizer))
+    ids, _ = plant(corpus, length, pieces, random, common.text_prefix(tokenizer))
     return Prompt("end", length, ids, [depth], [fact.answer], [length])
 
 
@@ -91,15 +91,10 @@ def middle_prompt(
     pieces = [(depth * MIDDLE, fact.sentence) for depth, fact in zip(depths, facts, strict=True)]
     order = random.sample(range(len(facts)), len(facts))
     pieces += [(MIDDLE, facts[i].sentence) for i in order]
-    ids, positions = plant(corpus, length, pieces, random, _prefix(tokenizer))
+    ids, positions = plant(corpus, length, pieces, random, common.text_prefix(tokenizer))
     asked = [facts[i] for i in order]
     starts = [start + fact.answer_start for start, fact in zip(positions[len(facts) :], asked, strict=True)]
     return Prompt("middle", length, ids, [depths[i] for i in order], [fact.answer for fact in asked], starts)
-
-
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of every text."""
-    return [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
 
 
 @torch.no_grad()

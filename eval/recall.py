@@ -155,7 +155,6 @@ def summary_table(summary: list[dict]) -> str:
     header = ["tokens", "asked", "density", "unpatched", "patched", "change (95 %)", "perplexity", "rise"]
     cells = []
     for row in summary:
-        error = row["perplexity_rise_standard_error"]
         low, high = 100 * row["recall_change_low"], 100 * row["recall_change_high"]
         cells.append(
             [
@@ -166,7 +165,7 @@ def summary_table(summary: list[dict]) -> str:
                 f"{row['patched_recall']:.1%}",
                 f"{100 * row['recall_change']:+.1f} pt ({low:+.1f} to {high:+.1f})",
                 common.format_perplexity(row["unpatched_nll"]),
-                f"{row['perplexity_rise']:+.2%}" + ("" if error is None else f" ± {error:.2%}"),
+                common.format_rise(row["perplexity_rise"], row["perplexity_rise_standard_error"]),
             ]
         )
     return common.format_table(header, cells)

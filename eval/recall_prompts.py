@@ -9,6 +9,7 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from eval.common import text_prefix
 from eval.haystack import encode_fact, plant, random_facts
 
 PLACEMENTS = ("second-half", "everywhere", "end")
@@ -106,7 +107,7 @@ def make_prompt(
     spots += [(_question_fraction(placement, fact_at[owner], random), 1, owner) for owner in owners]
     spots.sort()
     pieces = [(fraction, encoded[owner].sentence) for fraction, _, owner in spots]
-    prefix = [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
+    prefix = text_prefix(tokenizer)
     ids, positions = plant(corpus, length, pieces, random, prefix)
 
     text = torch.ones(length, dtype=torch.bool)
