@@ -64,3 +64,11 @@ def perplexity_rise(differences: Sequence[float], weights: Sequence[float] | Non
         return Rise(math.expm1(mean), None)
     spread = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
     return Rise(math.expm1(mean), math.exp(mean) * math.sqrt(count / (count - 1) * spread) / total)
+
+
+def paired_mean(differences: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of paired differences and its standard error, which a single one does not have."""
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return mean, None
+    return mean, statistics.stdev(differences) / math.sqrt(len(differences))
