@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import hf_flashprefill
 from eval.runner import PartialRun, process_count, process_rank
 from eval.schema import Result
-from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError
+from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError, prefill_stats
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -144,7 +144,7 @@ def run_and_record(
     try:
         rows = partial.run(names, work, harness)
     except (UnsupportedModelError, ValueError) as error:
-        raise UsageError(_first_line(error)) from None
+        raise UsageError(first_line(error)) from None
     if rows is None:
         return None
     result = Result(harness, environment(model.device), identity, config.to_dict(), arguments, summarise(rows), rows)
@@ -168,7 +168,7 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
         target = process_device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {_first_line(error)}") from None
+        raise UsageError(f"--device {device}: {first_line(error)}") from None
     chosen = DTYPES[dtype] if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise UsageError(f"--model {name}: there is no such folder")
@@ -176,7 +176,7 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model {name}: {_first_line(error)}") from None
+        raise UsageError(f"--model {name}: {first_line(error)}") from None
     return model.to(target).eval(), tokenizer
 
 
@@ -199,7 +199,7 @@ def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--dataset {path}: {_first_line(error)}") from None
+        raise UsageError(f"--dataset {path}: {first_line(error)}") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -227,6 +227,11 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns padded to their widest cell."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows])
+
+
+def head_densities(model: PreTrainedModel) -> list[list[float]]:
+    """Density of every query head of every layer since the model was patched, to four places; a dense layer has no heads."""
+    return [[round(density, 4) for density in layer.head_density] for layer in prefill_stats(model).layers]
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -275,7 +280,8 @@ def _fingerprint(model: PreTrainedModel) -> int:
     return zlib.crc32(weight.view(torch.uint8).numpy().tobytes())
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -57,6 +57,7 @@ class PerplexityRow:
     density: float | None
     unpatched_seconds: float
     patched_seconds: float
+    head_density: list[list[float]]
     prefill: list[BucketRow]
     continuation: BucketRow
 
@@ -71,14 +72,14 @@ def compare(
     with patched(model, config=config):
         after = score_tokens(model, ids).nll
         ended = time.perf_counter()
-        density = prefill_stats(model).density
+        density, heads = prefill_stats(model).density, common.head_densities(model)
     length = len(ids)
     edges = [length * part // buckets for part in range(buckets + 1)]
     rows = [_bucket(before, after, max(1, start), end) for start, end in itertools.pairwise(edges)]
     continued = _bucket(
         *(continuation_losses(model, ids, continuation, state) for state in (None, config)), length - continuation, length
     )
-    return PerplexityRow(length, name, density, between - started, ended - between, rows, continued)
+    return PerplexityRow(length, name, density, between - started, ended - between, heads, rows, continued)
 
 
 def continuation_losses(

@@ -79,6 +79,7 @@ class RecallRow:
     patched_nll: float
     unpatched_seconds: float
     patched_seconds: float
+    head_density: list[list[float]]
     questions: list[QuestionRow]
 
 
@@ -90,7 +91,7 @@ def compare(model: PreTrainedModel, prompt: RecallPrompt, config: FlashPrefillCo
     with patched(model, config=config):
         after = score(model, prompt)
         ended = time.perf_counter()
-        density = prefill_stats(model).density
+        density, heads = prefill_stats(model).density, common.head_densities(model)
     questions = [
         QuestionRow(q.answer.start, q.distance, q.fact_distance, q.asked_before, was, now)
         for q, was, now in zip(prompt.questions, before.correct.tolist(), after.correct.tolist(), strict=True)
@@ -104,6 +105,7 @@ def compare(model: PreTrainedModel, prompt: RecallPrompt, config: FlashPrefillCo
         patched_nll=after.nll[prompt.text].double().mean().item(),
         unpatched_seconds=between - started,
         patched_seconds=ended - between,
+        head_density=heads,
         questions=questions,
     )
 

@@ -120,7 +120,10 @@ def plot_density(stats: PrefillStats, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("layer", fontsize=9)
     ax.tick_params(labelsize=8, length=0)
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(image, ax=ax, label="density", shrink=0.8)
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8)
+    bar.set_label("density", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
     return ax
 
 
