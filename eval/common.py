@@ -1,22 +1,27 @@
-"""What every harness needs: a loaded model, one record of the run, and errors that end in one line."""
+"""What every harness needs: options, a loaded model, one record of the run, and errors that end in one line."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_flashprefill
+from eval.runner import PartialRun, process_count, process_rank
+from eval.schema import Result
+from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError, prefill_stats
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,19 +31,131 @@ class UsageError(Exception):
     """Something the user asked for cannot be had; ends the command with one line and exit status 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """The options of ``python -m eval.NAME``; a mistake is a UsageError, so that it ends in one line like all others."""
+
+    def __init__(self, name: str, documentation: str):
+        super().__init__(prog=f"python -m eval.{name}", description=documentation.split("\n\n")[0])
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def run_command(main: Callable[[list[str]], int]) -> int:
     """Run a command's main function and turn usage errors into one line on stderr and exit status 2."""
     try:
         return main(sys.argv[1:])
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if process_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if process_rank() == 0:
+            print("interrupted", file=sys.stderr)
+        return 130
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(BUNDLED_MODEL), help="hub id or folder (default: the bundled model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Sequence[int]) -> None:
+    """Model, settings of the patched state, and what all harnesses that ask prompts have in common."""
+    defaults = FlashPrefillConfig()
+    add_model_arguments(parser)
+    parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
+    parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
+    parser.add_argument(
+        "--min-seq-len", type=int, default=1, help="shortest prompt that runs sparse (default: %(default)s, all of them)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of FlashPrefillConfig, values as in JSON"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(lengths), help="tokens (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="quick look: at most this many prompts of each kind and length")
+    parser.add_argument("--output", type=Path, default=Path(f"results/{harness}.json"), help="JSON file (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def check_run_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
+    """The settings of the patched state.
+
+    Raises:
+        UsageError: A value is out of its range or a field does not exist.
+    """
+    for name in ("lengths", "limit"):
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, got {value}")
+    if args.output.is_dir():
+        raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
+    fields = {"alpha": args.alpha, "selector": args.selector, "min_seq_len": args.min_seq_len}
+    for setting in args.set:
+        name, equals, value = setting.partition("=")
+        if not equals or name not in FlashPrefillConfig.__dataclass_fields__:
+            known = ", ".join(FlashPrefillConfig.__dataclass_fields__)
+            raise UsageError(f"--set takes FIELD=VALUE with one of the fields {known}, got {setting!r}")
+        fields[name] = _json_or_text(value)
+    try:
+        return FlashPrefillConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+
+
+def run_and_record(
+    harness: str,
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    config: FlashPrefillConfig,
+    names: Sequence[str],
+    work: Callable[[int], list[dict]],
+    summarise: Callable[[list[dict]], list[dict]],
+) -> Result | None:
+    """Run all prompts, resuming what an interruption left, and write the JSON file.
+
+    Args:
+        harness: Its name.
+        args: Parsed arguments, with those of ``add_run_arguments``.
+        model: The model that ``work`` asks.
+        config: Settings of the patched state.
+        names: One per prompt, all different.
+        work: Makes the rows of prompt ``i``.
+        summarise: Makes the summary from all rows.
+
+    Returns:
+        What was written; None in processes other than the first.
+
+    Raises:
+        UsageError: The model cannot be patched or a prompt does not fit.
+    """
+    left_out = {"output", "device", "dtype", "model", "alpha", "selector", "min_seq_len", "set"}
+    arguments = {name: _plain(value) for name, value in vars(args).items() if name not in left_out}
+    identity = {
+        "name": Path(args.model).name,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "base_implementation": model.config.get_text_config(decoder=True)._attn_implementation,
+    }
+    settings = {"arguments": arguments, "model": identity, "config": config.to_dict(), "weights": _fingerprint(model)}
+    partial = PartialRun(args.output, settings)
+    try:
+        rows = partial.run(names, work, harness)
+    except (UnsupportedModelError, ValueError) as error:
+        raise UsageError(first_line(error)) from None
+    if rows is None:
+        return None
+    result = Result(harness, environment(model.device), identity, config.to_dict(), arguments, summarise(rows), rows)
+    result.write(args.output)
+    partial.remove()
+    return result
+
+
+def limited(groups: Sequence[Sequence[Any]], limit: int | None) -> list[Any]:
+    """All groups one after the other, at most ``limit`` entries of each."""
+    return [entry for group in groups for entry in list(group)[:limit]]
 
 
 def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -48,10 +165,10 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
         UsageError: There is no such model, or no such device.
     """
     try:
-        target = torch.device(device)
+        target = process_device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {_first_line(error)}") from None
+        raise UsageError(f"--device {device}: {first_line(error)}") from None
     chosen = DTYPES[dtype] if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise UsageError(f"--model {name}: there is no such folder")
@@ -59,8 +176,18 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model {name}: {_first_line(error)}") from None
+        raise UsageError(f"--model {name}: {first_line(error)}") from None
     return model.to(target).eval(), tokenizer
+
+
+def process_device(device: str) -> torch.device:
+    """The device of this process: with `accelerate launch`, each takes a GPU of its own."""
+    if process_count() > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu")
+        return state.device if device == "cuda" else torch.device(device)
+    return torch.device(device)
 
 
 def read_text(path: str) -> str:
@@ -72,7 +199,7 @@ def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text-file {path}: {_first_line(error)}") from None
+        raise UsageError(f"--dataset {path}: {first_line(error)}") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -82,6 +209,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "threads": None if cuda else torch.get_num_threads(),
+        "processes": process_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -101,7 +229,59 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows])
 
 
-def _first_line(error: BaseException) -> str:
+def head_densities(model: PreTrainedModel) -> list[list[float]]:
+    """Density of every query head of every layer since the model was patched, to four places; a dense layer has no heads."""
+    return [[round(density, 4) for density in layer.head_density] for layer in prefill_stats(model).layers]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def describe(config: FlashPrefillConfig) -> str:
+    """Selector and threshold, for titles."""
+    return f"selector {config.selector}, alpha {config.alpha:g}"
+
+
+def format_density(density: float | None) -> str:
+    return "dense" if density is None else f"{density:.3f}"
+
+
+def format_perplexity(nll: float) -> str:
+    """The perplexity of a mean negative log-likelihood, which an untrained model can make too large for a float."""
+    return f"{math.exp(nll):.2f}" if nll < 20 else f"e^{nll:.1f}"
+
+
+def format_rise(rise: float, standard_error: float | None) -> str:
+    return f"{rise:+.2%}" + ("" if standard_error is None else f" ± {standard_error:.2%}")
+
+
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of every text, such as a begin-of-text token."""
+    return [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fingerprint(model: PreTrainedModel) -> int:
+    """Tells apart weights that share a name, such as those of a folder that was trained again."""
+    weight = model.get_output_embeddings().weight[:64].detach().cpu().contiguous()
+    return zlib.crc32(weight.view(torch.uint8).numpy().tobytes())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

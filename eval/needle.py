@@ -1,7 +1,8 @@
 """Needle in a haystack: does a patched model still find one sentence in a long prompt?
 
     python -m eval.needle                                   # the bundled model, about two minutes on two CPU cores
-    python -m eval.needle --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 131072 --device cuda
+    python -m eval.needle --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 131072
+    accelerate launch --num_processes 8 -m eval.needle --model Qwen/Qwen3-8B --lengths 65536
 
 Every prompt is answered twice by the same model, unpatched and patched. The question stands at one of two places. At the
 end, where needle tests usually put it, the question's own block is among the last query blocks, which see every key block
@@ -16,17 +17,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from random import Random
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from eval import common
-from eval.haystack import encode, encode_fact, plant, random_facts, standard_library_text
-from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError, is_patched, patched, prefill_stats
+from eval.haystack import encode_fact, plant, random_facts
+from eval.pictures import draw_needle
+from eval.texts import add_text_arguments, corpus_ids
+from hf_flashprefill import FlashPrefillConfig, is_patched, patched, prefill_stats
 
 MIDDLE = 0.5
 PLACEMENTS = ("end", "middle")
@@ -78,7 +79,7 @@ def end_prompt(tokenizer: PreTrainedTokenizerBase, corpus: Sequence[int], length
     """One fact at ``depth`` of the text, asked for at the very end."""
     fact = encode_fact(tokenizer, random_facts(random, 1)[0])
     pieces = [(depth, fact.sentence), (1.0, fact.question)]
-    ids, _ = plant(corpus, length, pieces, random, _prefix(tokenizer))
+    ids, _ = plant(corpus, length, pieces, random, common.text_prefix(tokenizer))
     return Prompt("end", length, ids, [depth], [fact.answer], [length])
 
 
@@ -90,15 +91,10 @@ def middle_prompt(
     pieces = [(depth * MIDDLE, fact.sentence) for depth, fact in zip(depths, facts, strict=True)]
     order = random.sample(range(len(facts)), len(facts))
     pieces += [(MIDDLE, facts[i].sentence) for i in order]
-    ids, positions = plant(corpus, length, pieces, random, _prefix(tokenizer))
+    ids, positions = plant(corpus, length, pieces, random, common.text_prefix(tokenizer))
     asked = [facts[i] for i in order]
     starts = [start + fact.answer_start for start, fact in zip(positions[len(facts) :], asked, strict=True)]
     return Prompt("middle", length, ids, [depths[i] for i in order], [fact.answer for fact in asked], starts)
-
-
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of every text."""
-    return [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
 
 
 @torch.no_grad()
@@ -140,6 +136,47 @@ def compare(model: PreTrainedModel, prompt: Prompt, config: FlashPrefillConfig) 
     return before, after
 
 
+@dataclass(frozen=True)
+class NeedleRow:
+    """One question in the JSON: where it stands, how deep its fact, and who got it right."""
+
+    placement: str
+    length: int
+    depth: float
+    unpatched_correct: bool
+    patched_correct: bool
+    density: float | None
+    unpatched_seconds: float
+    patched_seconds: float
+
+
+def rows_of(prompt: Prompt, before: Outcome, after: Outcome) -> list[dict]:
+    return [
+        asdict(NeedleRow(prompt.placement, prompt.length, depth, was, now, after.density, before.seconds, after.seconds))
+        for depth, was, now in zip(prompt.depths, before.correct, after.correct, strict=True)
+    ]
+
+
+def make_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Sequence[int],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    seed: int,
+) -> list[list[tuple[str, Prompt]]]:
+    """Groups of (name, prompt): one group per length and depth with the question at the end, and one per length with it in
+    the middle. A prompt's name is its seed."""
+    groups = []
+    for length in lengths:
+        for depth in depths:
+            names = [f"{seed}/{length}/end/{depth}/{trial}" for trial in range(trials)]
+            groups.append([(name, end_prompt(tokenizer, corpus, length, depth, Random(name))) for name in names])
+        names = [f"{seed}/{length}/middle/{trial}" for trial in range(trials)]
+        groups.append([(name, middle_prompt(tokenizer, corpus, length, depths, Random(name))) for name in names])
+    return groups
+
+
 def summarise(rows: list[dict]) -> list[dict]:
     """Accuracy, density and prefill seconds per placement and length, all depths together."""
     summary = []
@@ -156,17 +193,12 @@ def summarise(rows: list[dict]) -> list[dict]:
                     "questions": questions,
                     "unpatched": sum(row["unpatched_correct"] for row in chosen) / questions,
                     "patched": sum(row["patched_correct"] for row in chosen) / questions,
-                    "density": _mean([row["density"] for row in chosen]),
-                    "unpatched_seconds": _mean([row["unpatched_seconds"] for row in chosen]),
-                    "patched_seconds": _mean([row["patched_seconds"] for row in chosen]),
+                    "density": common.mean([row["density"] for row in chosen]),
+                    "unpatched_seconds": common.mean([row["unpatched_seconds"] for row in chosen]),
+                    "patched_seconds": common.mean([row["patched_seconds"] for row in chosen]),
                 }
             )
     return summary
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def summary_table(summary: list[dict]) -> str:
@@ -179,7 +211,7 @@ def summary_table(summary: list[dict]) -> str:
             f"{row['unpatched']:.1%}",
             f"{row['patched']:.1%}",
             f"{100 * (row['patched'] - row['unpatched']):+.1f} pt",
-            "dense" if row["density"] is None else f"{row['density']:.3f}",
+            common.format_density(row["density"]),
             f"{row['unpatched_seconds']:.2f}",
             f"{row['patched_seconds']:.2f}",
         ]
@@ -188,133 +220,45 @@ def summary_table(summary: list[dict]) -> str:
     return common.format_table(header, rows)
 
 
-def draw_heat_map(rows: list[dict], path: Path, title: str) -> None:
-    """Accuracy by length and depth: one line of panels per placement, unpatched beside patched."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lengths = sorted({row["length"] for row in rows})
-    depths = sorted({row["depth"] for row in rows})
-    figure, axes = plt.subplots(
-        len(PLACEMENTS), 2, figsize=(2.5 + 1.3 * len(lengths), 6), sharex=True, sharey=True, layout="constrained"
-    )
-    for line, placement in zip(axes, PLACEMENTS, strict=True):
-        for axis, state in zip(line, ("unpatched", "patched"), strict=True):
-            grid = []
-            for depth in depths:
-                cells = [
-                    [r[f"{state}_correct"] for r in rows if (r["placement"], r["length"], r["depth"]) == (placement, n, depth)]
-                    for n in lengths
-                ]
-                grid.append([sum(cell) / len(cell) if cell else float("nan") for cell in cells])
-            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            for y, line_values in enumerate(grid):
-                for x, value in enumerate(line_values):
-                    axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
-            axis.set_title(f"question {'at the end' if placement == 'end' else 'in the middle'}, {state}", fontsize=9)
-            axis.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
-            axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    figure.supxlabel("prompt length in tokens", fontsize=9)
-    figure.supylabel("depth of the fact before the question", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.colorbar(image, ax=axes, label="answers right", shrink=0.6)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    defaults = FlashPrefillConfig()
-    parser = argparse.ArgumentParser(prog="python -m eval.needle", description=__doc__.split("\n\n")[0])
-    common.add_model_arguments(parser)
-    parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
-    parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
-    parser.add_argument(
-        "--min-seq-len", type=int, default=1, help="shortest prompt that runs sparse (default: %(default)s, all of them)"
-    )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens")
+    parser = common.Parser("needle", __doc__)
+    common.add_run_arguments(parser, "needle", lengths=[1024, 2048, 4096, 8192])
+    add_text_arguments(parser)
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     parser.add_argument("--trials", type=int, default=2, help="prompts per length, depth and placement")
-    parser.add_argument("--text-file", help="the haystack; default: held-out standard-library source")
-    parser.add_argument("--output", type=Path, default=Path("results/needle"), help="folder for the JSON and the picture")
-    parser.add_argument("--seed", type=int, default=0)
     return parser
-
-
-def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    if any(not 0 <= depth <= 1 for depth in args.depths):
-        raise common.UsageError(f"--depths must lie from 0 to 1, got {args.depths}")
-    if args.trials < 1:
-        raise common.UsageError(f"--trials must be at least 1, got {args.trials}")
-    try:
-        return FlashPrefillConfig(alpha=args.alpha, selector=args.selector, min_seq_len=args.min_seq_len)
-    except (ValueError, TypeError) as error:
-        raise common.UsageError(str(error)) from None
 
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = check_arguments(args)
-    text = common.read_text(args.text_file) if args.text_file else standard_library_text("held_out")
+    config = common.check_run_arguments(args)
+    if any(not 0 <= depth <= 1 for depth in args.depths):
+        raise common.UsageError(f"--depths must lie from 0 to 1, got {args.depths}")
+    if args.trials < 1:
+        raise common.UsageError(f"--trials must be at least 1, got {args.trials}")
+    args.depths = sorted(set(args.depths))
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
-    corpus = encode(tokenizer, text)
-    random = Random(args.seed)
-    depths = sorted(args.depths)
+    corpus = corpus_ids(tokenizer, args)
     try:
-        prompts = [
-            prompt
-            for length in args.lengths
-            for _ in range(args.trials)
-            for prompt in [
-                *(end_prompt(tokenizer, corpus, length, depth, random) for depth in depths),
-                middle_prompt(tokenizer, corpus, length, depths, random),
-            ]
-        ]
-        rows = []
-        for prompt in tqdm(prompts, desc="needle", unit="prompt"):
-            before, after = compare(model, prompt, config)
-            for depth, was, now in zip(prompt.depths, before.correct, after.correct, strict=True):
-                rows.append(
-                    {
-                        "placement": prompt.placement,
-                        "length": prompt.length,
-                        "depth": depth,
-                        "unpatched_correct": was,
-                        "patched_correct": now,
-                        "density": after.density,
-                        "unpatched_seconds": before.seconds,
-                        "patched_seconds": after.seconds,
-                    }
-                )
-    except (UnsupportedModelError, ValueError) as error:
+        groups = make_prompts(tokenizer, corpus, list(dict.fromkeys(args.lengths)), args.depths, args.trials, args.seed)
+    except ValueError as error:
         raise common.UsageError(str(error)) from None
+    prompts = common.limited(groups, args.limit)
 
-    summary = summarise(rows)
-    record = {
-        "harness": "needle",
-        "environment": common.environment(model.device),
-        "model": {"name": Path(args.model).name, "parameters": model.num_parameters(), "dtype": str(model.dtype)},
-        "config": config.to_dict(),
-        "arguments": {
-            "lengths": args.lengths,
-            "depths": depths,
-            "trials": args.trials,
-            "seed": args.seed,
-            "text_file": args.text_file,
-        },
-        "summary": summary,
-        "rows": rows,
-    }
-    common.write_json(args.output / "needle.json", record)
-    picture = args.output / "needle.png"
-    draw_heat_map(rows, picture, f"{record['model']['name']}, selector {config.selector}, alpha {config.alpha:g}")
-    print(f"selector {config.selector}, alpha {config.alpha:g}, {asdict(config)['dense_tail_blocks']} dense tail blocks")
-    print(summary_table(summary))
-    print(
-        "At the end, the question's rows are dense by rule; only the questions in the middle test the selection.\n"
-        f"wrote {args.output / 'needle.json'} and {picture}"
-    )
+    def work(i: int) -> list[dict]:
+        prompt = prompts[i][1]
+        return rows_of(prompt, *compare(model, prompt, config))
+
+    result = common.run_and_record("needle", args, model, config, [name for name, _ in prompts], work, summarise)
+    if result:
+        picture = args.output.with_suffix(".png")
+        draw_needle(result.rows, f"{result.model['name']}, {common.describe(config)}").savefig(picture, dpi=130)
+        print(f"{common.describe(config)}, {config.dense_tail_blocks} dense tail blocks")
+        print(summary_table(result.summary))
+        print(
+            "At the end, the question's rows are dense by rule; only the questions in the middle test the selection.\n"
+            f"wrote {args.output} and {picture}"
+        )
     return 0
 
 

@@ -97,12 +97,27 @@ def test_dropping_blocks_loses_answers_in_the_middle_only(recall_model, corpus):
 
 
 def test_the_command_writes_table_picture_and_json(tmp_path, capsys):
-    arguments = ["--lengths", "600", "--depths", "0", "1", "--trials", "1", "--alpha", "0", "--output", str(tmp_path)]
-    assert needle.main(arguments) == 0
+    path = tmp_path / "needle.json"
+    arguments = [
+        "--lengths",
+        "600",
+        "--depths",
+        "0",
+        "1",
+        "--trials",
+        "2",
+        "--limit",
+        "1",
+        "--alpha",
+        "0",
+        "--output",
+        str(path),
+    ]
+    assert needle.main([*arguments, "--output", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "middle" in printed
     assert "dense by rule" in printed
-    record = json.loads((tmp_path / "needle.json").read_text())
+    record = json.loads(path.read_text())
     assert len(record["rows"]) == 4
     assert [row["questions"] for row in record["summary"]] == [2, 2]
     assert all(row["unpatched"] == row["patched"] and row["density"] == 1 for row in record["summary"])
@@ -115,7 +130,7 @@ def test_the_command_writes_table_picture_and_json(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--model", "./no-such-folder"], "no such folder"),
-        (["--text-file", "no-such-file.txt"], "no-such-file.txt"),
+        (["--dataset", "no-such-file.txt"], "no-such-file.txt"),
         (["--alpha", "2"], "alpha must be from 0 to 1"),
         (["--selector", "best"], "selector must be one of"),
         (["--depths", "1.5"], "--depths"),

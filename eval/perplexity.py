@@ -1,0 +1,230 @@
+"""Perplexity of long documents, unpatched against patched, in two ways.
+
+    python -m eval.perplexity                                            # the bundled model on held-out Python source
+    python -m eval.perplexity --model meta-llama/Llama-3.1-8B --dataset emozilla/pg19-test --lengths 32768 65536
+    python -m eval.perplexity --model Qwen/Qwen3-8B --dataset Salesforce/wikitext --subset wikitext-103-raw-v1 --join
+
+**Prefill**: every token of one long prefill, by its position. Many tokens a document, so small rises show, and it tests the
+selection everywhere. But these losses are not quite what a model would have at each position if it read no further: a query
+block chooses its key blocks with all of its 128 queries, so the choice for one token knows the up to 127 tokens after it.
+
+**Continuation**: the document without its last tokens is prefilled, sparse or dense; the last tokens are then scored on
+that cache by dense attention, which is what `generate` does after a prefill, and nothing looks ahead. This is what a user
+of `generate` feels, with fewer tokens a document to measure it by.
+
+Both compare the same tokens of the same documents. A rise of .01 is a perplexity 1 % higher. Its standard error is paired:
+the spread, over documents and positions, of the difference of mean losses; without a second document there is none for a
+single row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from eval import common
+from eval.haystack import encode
+from eval.scoring import hidden_states, score_tokens
+from eval.statistics import perplexity_rise
+from eval.texts import add_text_arguments, documents
+from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """Mean losses of the tokens from position ``start`` to before ``end``; the first token of a prompt has none."""
+
+    start: int
+    end: int
+    tokens: int
+    unpatched_nll: float
+    patched_nll: float
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """One document in the JSON: the prefill by position, and the continuation of its last tokens."""
+
+    length: int
+    document: str
+    density: float | None
+    unpatched_seconds: float
+    patched_seconds: float
+    head_density: list[list[float]]
+    prefill: list[BucketRow]
+    continuation: BucketRow
+
+
+def compare(
+    model: PreTrainedModel, ids: torch.Tensor, name: str, config: FlashPrefillConfig, continuation: int, buckets: int
+) -> PerplexityRow:
+    """Both ways, unpatched and patched, on one document of token ids [S]."""
+    started = time.perf_counter()
+    before = score_tokens(model, ids).nll
+    between = time.perf_counter()
+    with patched(model, config=config):
+        after = score_tokens(model, ids).nll
+        ended = time.perf_counter()
+        density, heads = prefill_stats(model).density, common.head_densities(model)
+    length = len(ids)
+    edges = [length * part // buckets for part in range(buckets + 1)]
+    rows = [_bucket(before, after, max(1, start), end) for start, end in itertools.pairwise(edges)]
+    continued = _bucket(
+        *(continuation_losses(model, ids, continuation, state) for state in (None, config)), length - continuation, length
+    )
+    return PerplexityRow(length, name, density, between - started, ended - between, heads, rows, continued)
+
+
+def continuation_losses(
+    model: PreTrainedModel, ids: torch.Tensor, continuation: int, config: FlashPrefillConfig | None
+) -> torch.Tensor:
+    """Losses [S] of the last ``continuation`` tokens, NaN before, after a prefill that is patched if there is a config."""
+    context, rest = ids[:-continuation], ids[-continuation:]
+    cache = DynamicCache(config=model.config)
+    if config is None:
+        hidden = hidden_states(model, context, cache)
+    else:
+        with patched(model, config=config):
+            hidden = hidden_states(model, context, cache)
+    # Scoring many tokens at once is not decode to the patched model, which would run it sparse. What follows the prefill is.
+    losses = score_tokens(model, rest, cache, hidden[-1]).nll
+    return torch.cat([torch.full((len(context),), float("nan")), losses])
+
+
+def _bucket(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> BucketRow:
+    means = (losses[start:end].double().mean().item() for losses in (before, after))
+    return BucketRow(start, end, end - start, *means)
+
+
+def windows(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+) -> list[tuple[str, torch.Tensor]]:
+    """Up to ``count`` named stretches of ``length`` tokens: the start of each document that is long enough, and if those
+    are too few, the stretches after it. Each begins with what the tokenizer puts in front of a text."""
+    prefix = common.text_prefix(tokenizer)
+    room = length - len(prefix)
+    kept: list[tuple[int, list[int]]] = []
+    for number, text in enumerate(texts):
+        ids = encode(tokenizer, text)
+        if len(ids) >= room:
+            kept.append((number, ids))
+        if len(kept) == count:
+            break
+    places = sorted((start, number, i) for i, (number, ids) in enumerate(kept) for start in range(0, len(ids) - room + 1, room))
+    return [
+        (f"{number}/{start}", torch.tensor(prefix + kept[i][1][start : start + room])) for start, number, i in places[:count]
+    ]
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """Per length: the prefill as a whole and by position, and the continuation."""
+    summary = []
+    for length in sorted({row["length"] for row in rows}):
+        chosen = [row for row in rows if row["length"] == length]
+        buckets = [[row["prefill"][i] for row in chosen] for i in range(len(chosen[0]["prefill"]))]
+        summary.append(
+            {
+                "length": length,
+                "documents": len(chosen),
+                "density": common.mean([row["density"] for row in chosen]),
+                "prefill": _paired([bucket for row in chosen for bucket in row["prefill"]]),
+                "continuation": _paired([row["continuation"] for row in chosen]),
+                "by_position": [{"start": b[0]["start"], "end": b[0]["end"]} | _paired(b) for b in buckets],
+            }
+        )
+    return summary
+
+
+def _paired(groups: list[dict]) -> dict:
+    """Losses of all groups together and the rise from one state to the other."""
+    tokens = sum(group["tokens"] for group in groups)
+    losses = {f"{s}_nll": sum(g["tokens"] * g[f"{s}_nll"] for g in groups) / tokens for s in ("unpatched", "patched")}
+    rise = perplexity_rise([g["patched_nll"] - g["unpatched_nll"] for g in groups], [g["tokens"] for g in groups])
+    return {"tokens": tokens} | losses | {"rise": rise.rise, "rise_standard_error": rise.standard_error}
+
+
+def summary_table(summary: list[dict]) -> str:
+    header = ["tokens", "documents", "density", "way", "scored", "unpatched", "patched", "rise"]
+    cells = [
+        [str(row["length"]), str(row["documents"]), common.format_density(row["density"]), way, *_cells(row[way])]
+        for row in summary
+        for way in ("prefill", "continuation")
+    ]
+    return common.format_table(header, cells)
+
+
+def position_table(table: list[dict]) -> str:
+    header = ["position", "scored", "unpatched", "patched", "rise"]
+    return common.format_table(header, [[f"{row['start']}-{row['end']}", *_cells(row)] for row in table])
+
+
+def _cells(entry: dict) -> list[str]:
+    losses = [common.format_perplexity(entry[f"{state}_nll"]) for state in ("unpatched", "patched")]
+    return [str(entry["tokens"]), *losses, common.format_rise(entry["rise"], entry["rise_standard_error"])]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.Parser("perplexity", __doc__)
+    common.add_run_arguments(parser, "perplexity", lengths=[4096, 8192])
+    add_text_arguments(parser)
+    parser.add_argument("--join", action="store_true", help="join the documents into one, for data sets of short ones")
+    parser.add_argument("--documents", type=int, default=4, help="per length (default: %(default)s)")
+    parser.add_argument("--continuation", type=int, default=512, help="tokens scored after the prefill (default: %(default)s)")
+    parser.add_argument("--buckets", type=int, default=8, help="parts of the prompt in the table by position")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
+    config = common.check_run_arguments(args)
+    shortest = min(args.lengths)
+    for name, least, most in (
+        ("documents", 1, None),
+        ("continuation", 1, shortest - 2),
+        ("buckets", 1, shortest // 2),
+    ):
+        value = getattr(args, name)
+        if value < least or (most is not None and value > most):
+            allowed = f"at least {least}" if most is None else f"from {least} to {most} for prompts of {shortest} tokens"
+            raise common.UsageError(f"--{name} must be {allowed}, got {value}")
+    return config
+
+
+def source(args: argparse.Namespace) -> Iterator[str]:
+    """The documents, joined into one if asked to."""
+    return iter(["\n".join(documents(args))]) if args.join else documents(args)
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    config = check_arguments(args)
+    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    groups = []
+    for length in dict.fromkeys(args.lengths):
+        found = windows(source(args), tokenizer, length, args.documents)
+        if not found:
+            raise common.UsageError(f"--lengths {length}: no document has that many tokens")
+        groups.append([(f"{length}/{name}", ids) for name, ids in found])
+    prompts = common.limited(groups, args.limit)
+
+    def work(i: int) -> list[dict]:
+        name, ids = prompts[i]
+        return [asdict(compare(model, ids, name, config, args.continuation, args.buckets))]
+
+    result = common.run_and_record("perplexity", args, model, config, [name for name, _ in prompts], work, summarise)
+    if result:
+        print(summary_table(result.summary))
+        print(f"\nprefill of {result.summary[-1]['length']} tokens, by position")
+        print(position_table(result.summary[-1]["by_position"]))
+        print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_command(main))

@@ -1,0 +1,108 @@
+"""Run a harness's prompts: split over processes, with a progress bar, and kept on disk as they finish.
+
+Finished prompts go to `NAME.KEY.RANK.partial.jsonl` beside the output `NAME.json`, where KEY is a hash of everything that
+decides their results. The same command takes them up again after an interruption, whatever the number of processes; when
+the output is written they are removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def process_rank() -> int:
+    """Number of this process among those that `accelerate launch` started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """How many processes `accelerate launch` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class PartialRun:
+    """Tasks of one run and the rows of those that are finished.
+
+    Args:
+        output: JSON file that the run will write.
+        settings: Plain values that decide the rows. Other settings neither see nor disturb this run's files.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any]):
+        content = json.dumps(settings, sort_keys=True, default=str)
+        self._output = output
+        self._key = hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def path(self, rank: int) -> Path:
+        return self._output.with_name(f"{self._output.stem}.{self._key}.{rank}.partial.jsonl")
+
+    def _paths(self) -> list[Path]:
+        return sorted(self._output.parent.glob(f"{self._output.stem}.{self._key}.*.partial.jsonl"))
+
+    def finished(self) -> dict[str, list[dict]]:
+        """Rows by task name, of all processes of this and of interrupted runs."""
+        rows = {}
+        for path in self._paths():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    # The process was killed while it wrote its last line.
+                    continue
+                rows[entry["task"]] = entry["rows"]
+        return rows
+
+    def run(self, names: Sequence[str], work: Callable[[int], list[dict]], description: str) -> list[dict] | None:
+        """Do what is not finished yet.
+
+        Args:
+            names: One per task, all different.
+            work: Makes the rows of task ``i``, plain values only.
+            description: Of the progress bar.
+
+        Returns:
+            The rows of all tasks in their order; None in processes other than the first.
+        """
+        rank, count = process_rank(), process_count()
+        finished = self.finished()
+        # Whose task it is must not depend on what is finished: another process may be reading at another moment.
+        mine = range(rank, len(names), count)
+        todo = [i for i in mine if names[i] not in finished]
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        done = {names[i]: finished[names[i]] for i in mine if names[i] in finished}
+        bar = tqdm(todo, initial=len(mine) - len(todo), total=len(mine), desc=description, unit="prompt", disable=rank > 0)
+        with self.path(rank).open("a", encoding="utf-8") as file:
+            if file.tell() and not self.path(rank).read_bytes().endswith(b"\n"):
+                file.write("\n")
+            try:
+                for i in bar:
+                    # Through JSON, so that a resumed run's rows are the same objects as an uninterrupted one's.
+                    line = json.dumps({"task": names[i], "rows": work(i)}, allow_nan=False)
+                    file.write(line + "\n")
+                    file.flush()
+                    done[names[i]] = json.loads(line)["rows"]
+            except KeyboardInterrupt:
+                bar.write(f"{len(done)} of {len(mine)} prompts are kept; the same command goes on from there")
+                raise
+        if count > 1:
+            done = _gathered(done)
+        return [row for name in names for row in done[name]] if rank == 0 else None
+
+    def remove(self) -> None:
+        """Delete the files of finished prompts."""
+        for path in self._paths():
+            path.unlink()
+
+
+def _gathered(done: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The rows of all processes."""
+    from accelerate.utils import gather_object
+
+    return {name: rows for part in gather_object([done]) for name, rows in part.items()}

@@ -1,0 +1,71 @@
+"""Where the harnesses' ordinary text comes from: a `datasets` name, a local file, or Python's standard library."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from eval.common import UsageError, read_text
+from eval.haystack import encode, standard_library_text
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# A haystack needs no more; the longest prompts have some 4M characters.
+CORPUS_CHARACTERS = 20_000_000
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", help="`datasets` name or local file; default: held-out standard-library source")
+    parser.add_argument("--subset", help="configuration of the data set, such as wikitext-103-raw-v1")
+    parser.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
+    parser.add_argument("--column", default="text", help="of the data set (default: %(default)s)")
+
+
+def documents(args: argparse.Namespace) -> Iterator[str]:
+    """The documents of the text source, read as they are asked for.
+
+    Raises:
+        UsageError: There is no such file, data set, split or column.
+    """
+    if args.dataset is None:
+        yield standard_library_text("held_out")
+        return
+    for record in records(args.dataset, args.subset, args.split):
+        if args.column not in record:
+            raise UsageError(f"--column {args.column}: {args.dataset} has the columns {sorted(record)}")
+        yield record[args.column]
+
+
+def records(dataset: str, subset: str | None, split: str) -> Iterator[dict]:
+    """Records of a data set; a local text file is one record with a column "text"."""
+    path = Path(dataset)
+    if path.is_file() and path.suffix not in BUILDERS:
+        yield {"text": read_text(dataset)}
+        return
+    if not path.exists() and (dataset.startswith((".", "/", "~")) or path.suffix in {*BUILDERS, ".txt", ".md", ".py"}):
+        raise UsageError(f"--dataset {dataset}: there is no such file")
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError('--dataset needs the package datasets: pip install "hf_flashprefill[eval]"') from None
+    try:
+        if path.is_file():
+            # A file by itself has no splits; datasets calls the whole of it "train".
+            yield from datasets.load_dataset(BUILDERS[path.suffix], data_files=dataset, split="train", streaming=True)
+        else:
+            yield from datasets.load_dataset(dataset, subset, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--dataset {dataset}: {str(error).strip().splitlines()[0]}") from None
+
+
+def corpus_ids(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[int]:
+    """Token ids of the text source, all documents joined, up to 20 M characters of it."""
+    parts, size = [], 0
+    for document in documents(args):
+        parts.append(document)
+        size += len(document)
+        if size >= CORPUS_CHARACTERS:
+            break
+    return encode(tokenizer, "\n".join(parts))

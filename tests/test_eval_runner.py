@@ -1,0 +1,197 @@
+"""What all harnesses share: options, schema, statistics, resuming, several processes."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval import common, recall
+from eval.haystack import standard_library_text
+from eval.runner import PartialRun
+from eval.schema import SCHEMA_VERSION, Result, timeless
+from eval.statistics import paired_difference, perplexity_rise
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Options of a short run of eval.recall on a short text."""
+    text = tmp_path_factory.mktemp("text") / "source.txt"
+    text.write_text(standard_library_text("held_out")[:100_000])
+    sizes = ["--lengths", "700", "900", "--prompts", "2", "--facts", "3", "--questions", "4", "--device", "cpu"]
+    return [*sizes, "--dataset", str(text)]
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """A run of eval.recall that nothing interrupted."""
+    path = tmp_path_factory.mktemp("whole") / "recall.json"
+    assert recall.main([*small, "--output", str(path)]) == 0
+    assert [file.name for file in path.parent.iterdir()] == ["recall.json"]
+    return json.loads(path.read_text())
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_json(whole, small, tmp_path, monkeypatch):
+    path, compare, calls = tmp_path / "recall.json", recall.compare, []
+
+    def interrupting(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compare(*args)
+
+    monkeypatch.setattr(recall, "compare", interrupting)
+    monkeypatch.setattr(sys, "argv", ["recall", *small, "--output", str(path)])
+    assert common.run_command(recall.main) == 130
+    assert not path.exists()
+    (partial,) = tmp_path.glob("recall.*.0.partial.jsonl")
+    # As if the process had been killed in the middle of a line.
+    with partial.open("a") as file:
+        file.write('{"task": "0/900/0", "ro')
+    # Other settings share nothing with it.
+    assert recall.main([*small, "--seed", "1", "--limit", "1", "--output", str(path)]) == 0
+    assert len(calls) == 5
+    assert partial.exists()
+    assert common.run_command(recall.main) == 0
+    assert len(calls) == 7
+    assert [file.name for file in tmp_path.iterdir()] == ["recall.json"]
+    assert timeless(json.loads(path.read_text())) == timeless(whole)
+
+
+def test_two_processes_write_one_report(whole, small, tmp_path):
+    path = tmp_path / "recall.json"
+    # Without --multi_gpu, accelerate starts one process where there is no GPU; what it starts here are CPU processes.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "eval.recall", *small, "--output", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"wrote {path}") == 1
+    record = json.loads(path.read_text())
+    assert record["environment"]["processes"] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["recall.json"]
+    for row, expected in zip(record["rows"], whole["rows"], strict=True):
+        assert row["questions"] == expected["questions"]
+        assert row["unpatched_nll"] == pytest.approx(expected["unpatched_nll"], rel=1e-5)
+
+
+def test_each_process_has_its_own_tasks_and_sees_what_others_finished(tmp_path, monkeypatch):
+    done, names = [], ["a", "b", "c", "d", "e"]
+
+    def work(i):
+        done.append(names[i])
+        return [{"task": names[i]}]
+
+    monkeypatch.setattr("eval.runner._gathered", lambda own: run.finished())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = PartialRun(tmp_path / "x.json", {})
+    monkeypatch.setenv("RANK", "1")
+    assert run.run(names, work, "x") is None
+    assert done == ["b", "d"]
+    monkeypatch.setenv("RANK", "0")
+    assert [row["task"] for row in run.run(names, work, "x")] == names
+    assert done == ["b", "d", "a", "c", "e"]
+    # One process takes up what two have done.
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert len(run.run(names, work, "x")) == 5
+    assert len(done) == 5
+    run.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_are_read_back_and_others_refused(whole, tmp_path):
+    path = tmp_path / "result.json"
+    result = Result(**whole)
+    result.write(path)
+    assert Result.read(path) == result
+    assert next(iter(json.loads(path.read_text()))) == "schema_version"
+    for change, message in [
+        ({"schema_version": SCHEMA_VERSION + 1}, "knows versions up to"),
+        ({"schema_version": None}, "not a result"),
+        ({"speed": 1}, "has fields"),
+    ]:
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=message):
+            Result.read(path)
+    assert whole["model"]["name"] == "recall-4m"
+    assert whole["config"]["min_seq_len"] == 1
+
+
+def test_summaries_follow_from_the_rows(whole):
+    rows = [row for row in whole["rows"] if row["length"] == 900]
+    summary = whole["summary"][1]
+    questions = [question for row in rows for question in row["questions"]]
+    assert summary["questions"] == len(questions) == 8
+    assert summary["patched_recall"] == sum(q["patched_correct"] for q in questions) / 8
+    differences = [row["patched_nll"] - row["unpatched_nll"] for row in rows]
+    assert summary["perplexity_rise"] == pytest.approx(math.exp(sum(differences) / 2) - 1)
+    for table in (summary["by_distance"], summary["by_position"]):
+        assert sum(line["questions"] for line in table) == 8
+
+
+def test_paired_difference_by_hand():
+    # 10 questions, 3 lost, 1 gained: Agresti and Min's centre is -2/12, its variance (3 + 1 + 1 - 4/12) / 144.
+    before = [True] * 6 + [False] * 4
+    after = [False] * 3 + [True] * 3 + [True] + [False] * 3
+    estimate, low, high = paired_difference(before, after)
+    half = 1.959964 * math.sqrt(5 - 4 / 12) / 12
+    assert (estimate, low, high) == pytest.approx((-0.2, -2 / 12 - half, -2 / 12 + half), abs=1e-6)
+    estimate, low, high = paired_difference([True] * 20, [True] * 20)
+    assert (estimate, low) == (0, -high)
+    assert 0.05 < high < 0.15
+    with pytest.raises(ValueError, match="equally long"):
+        paired_difference([True], [])
+
+
+def test_perplexity_rise_by_hand():
+    differences = [0.01, 0.03, 0.05]
+    rise, error = perplexity_rise(differences)
+    assert rise == pytest.approx(math.exp(0.03) - 1)
+    assert error == pytest.approx(math.exp(0.03) * statistics.stdev(differences) / math.sqrt(3))
+    assert perplexity_rise([0.01, 0.05], [3, 1]).rise == pytest.approx(math.exp(0.02) - 1)
+    assert perplexity_rise([0.01]).standard_error is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "./no-such-folder"], "no such folder"),
+        (["--alpha", "2"], "alpha must be from 0 to 1"),
+        (["--alpha", "much"], "--alpha"),
+        (["--selector", "best"], "selector must be one of"),
+        (["--set", "alpha"], "--set takes FIELD=VALUE"),
+        (["--set", "depth=1"], "--set takes FIELD=VALUE"),
+        (["--set", "block_size=100"], "block_size must be one of"),
+        (["--dataset", "./no-such-file.txt"], "there is no such file"),
+        (["--dataset", "no-such.jsonl"], "there is no such file"),
+        (["--placement", "nowhere"], "--placement"),
+        (["--lengths", "100"], "length must be at least"),
+        (["--lengths", "0"], "--lengths must be at least 1"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--prompts", "0"], "prompts must be at least 1"),
+        (["--output", "eval"], "--output must name a JSON file"),
+        (["--device", "nowhere"], "--device nowhere"),
+        (["--speed"], "--speed"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recall", *arguments])
+    monkeypatch.chdir(ROOT)
+    assert common.run_command(recall.main) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_fields_are_set_by_name():
+    parser = common.Parser("recall", "Documentation.")
+    common.add_run_arguments(parser, "recall", [1024])
+    args = parser.parse_args(["--alpha", "0.25", "--set", "dense_layers=[0, 2]", "backend=reference", "sink_blocks=0"])
+    config = common.check_run_arguments(args)
+    assert (config.alpha, config.dense_layers, config.backend, config.sink_blocks) == (0.25, (0, 2), "reference", 0)

@@ -1,0 +1,145 @@
+"""The report on real results: the numbers and pictures of every kind are in the page, and the page needs nothing else."""
+
+import base64
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.pyplot import imread
+
+from eval import common, pictures, recall, report
+
+ROOT = Path(__file__).parent.parent
+MEASURED = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+
+
+def paired(rise, error=0.001):
+    return {"tokens": 10, "unpatched_nll": 2.0, "patched_nll": 2.0, "rise": rise, "rise_standard_error": error}
+
+
+RUN = {"model": {"name": "small"}, "environment": {"device": "CPU"}, "config": {"selector": "flashprefill", "alpha": 0.25}}
+MADE = {
+    "perplexity": {
+        "rows": [{"length": 100, "head_density": [[0.2, 0.4], []]}, {"length": 100, "head_density": [[0.4, 0.6], []]}],
+        "summary": [
+            {
+                "length": 100,
+                "documents": 2,
+                "density": 0.4,
+                "prefill": paired(0.0123),
+                "continuation": paired(0.0456, None),
+                "by_position": [{"start": 0, "end": 50, **paired(0.01)}, {"start": 50, "end": 100, **paired(0.02)}],
+            }
+        ],
+    },
+    "ruler": {
+        "rows": [{"length": 4096}],
+        "summary": [
+            {"task": name, "length": n, "unpatched": 0.875, "patched": 0.625, "density": 0.5}
+            for name in ("vt", "average")
+            for n in (4096, 8192)
+        ],
+    },
+    "selection": {
+        "rows": [
+            {"selector": s, "alpha": a, "density": 0.5 - a, "recall": 1 - a, "perplexity_rise": a / 10}
+            for s in ("flashprefill", "peak")
+            for a in (0.125, 0.25)
+        ]
+    },
+    "ttft": {
+        "rows": [
+            {"length": n, "density": 0.1, "speedup": 2.0}
+            | {state: {"median_s": n / t} for state, t in (("unpatched", 1000), ("patched", 2000), ("free_attention", 4000))}
+            for n in (4096, 8192)
+        ]
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    paths = list(MEASURED)
+    for name, content in MADE.items():
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps({"harness": name, **RUN, **content}))
+    text = folder / "text.txt"
+    text.write_text("import os\nimport sys\n" * 3000)
+    paths.append(folder / "recall.json")
+    options = ["--lengths", "700", "--prompts", "1", "--facts", "3", "--questions", "6", "--dataset", str(text)]
+    assert recall.main([*options, "--device", "cpu", "--output", str(paths[-1])]) == 0
+    assert report.main([*map(str, paths), "--output", str(folder / "report.html")]) == 0
+    return folder / "report.html"
+
+
+def test_every_kind_is_there_with_its_numbers(page):
+    text = page.read_text()
+    for kind in report.KINDS.values():
+        assert f">{kind.title}</h2>" in text
+    for number in ("+1.23% ± 0.10%", "+4.56%", "87.5", "62.5", "0.375"):
+        assert number in text, number
+    measured = [json.loads(path.read_text()) for path in MEASURED]
+    for record in measured:
+        if record["harness"] == "operator_speed":
+            for row in record["rows"]:
+                assert f"{row['attend']['median_ms']:.3f}" in text
+    assert "small · CPU · selector flashprefill, alpha 0.25 · perplexity.json" in text
+
+
+def test_the_page_needs_nothing_else_and_its_pictures_are_not_blank(page):
+    text = page.read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', text)
+    embedded = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", text)]
+    files = sorted(page.with_suffix("").iterdir())
+    assert len(embedded) == len(files) == len(MEASURED) + len(MADE) + 1 + 2
+    assert {file.read_bytes() for file in files} == set(embedded)
+    for data in embedded:
+        picture = imread(io.BytesIO(data))[..., :3]
+        ink = (picture.min(-1) < 0.9).mean()
+        # Something is drawn, and it is not one flat colour either.
+        assert 0.005 < ink < 0.8
+
+
+def test_density_pictures_average_the_prompts():
+    record = {"rows": [*MADE["perplexity"]["rows"], {"length": 50, "head_density": [[1.0, 1.0], []]}]}
+    (picture,) = report.density_picture(record)
+    assert [text.get_text() for text in picture.figure.axes[0].texts] == ["0.30", "0.50"]
+    assert report.density_picture({"rows": [{"length": 1}]}) == []
+
+
+def test_lines_hold_the_values_of_the_rows():
+    figure = pictures.draw_selection(MADE["selection"]["rows"])
+    assert [line.get_label() for line in figure.axes[0].lines] == ["flashprefill", "peak"]
+    # In the order of density, so that a line does not run back.
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.25, 0.75], [0.375, 0.875]]
+    assert figure.axes[1].lines[1].get_xydata().tolist() == [[0.25, 0.025], [0.375, 0.0125]]
+    figure = pictures.draw_ttft(MADE["ttft"]["rows"])
+    assert [line.get_label() for line in figure.axes[0].lines] == ["unpatched", "patched", "free attention"]
+    assert [line.get_ydata().tolist() for line in figure.axes[1].lines] == [[1, 1], [2, 2], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, [], "No such file"),
+        ("{", [], "Expecting"),
+        ('{"harness": "speed"}', [], "harness must be one of needle"),
+        ("[]", [], "harness must be one of"),
+        ('{"harness": "recall", "rows": []}', [], "there are no rows"),
+        ('{"harness": "recall", "rows": [{}], "summary": [{}]}', [], "not a result of eval.recall"),
+        ("{}", ["--output", "report.pdf"], "--output must end in .html"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(content, arguments, message, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report", str(path), "--output", str(tmp_path / "report.html"), *arguments])
+    assert common.run_command(report.main) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert message in error[0]
