@@ -129,7 +129,7 @@ def measure(length: int, density: float, dtype: torch.dtype, device: torch.devic
 
     def select() -> BlockIndex:
         blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
-        return backend.select_blocks(query, means, geometry, scale=scale, **blocks, **rule)
+        return backend.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
 
     stages = {
         "pool": lambda: backend.block_means(key, geometry),
