@@ -76,8 +76,8 @@ def test_a_plain_prompt_never_waits_for_the_device():
 
 def test_a_new_length_compiles_nothing():
     from hf_flashprefill.backends.triton.attend_hopper import _attend_hopper_kernel
-    from hf_flashprefill.backends.triton.pool import _pool_keys_kernel
     from hf_flashprefill.backends.triton.energies import _select_energies_kernel
+    from hf_flashprefill.backends.triton.pool import _pool_keys_kernel
     from hf_flashprefill.backends.triton.shares import _select_shares_kernel
 
     kernels = (_attend_hopper_kernel, _pool_keys_kernel, _select_energies_kernel, _select_shares_kernel)

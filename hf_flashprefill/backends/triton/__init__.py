@@ -13,9 +13,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from . import attend
+from .energies import select_energies
 from .pool import _pool_keys_kernel, pool_keys
 from .primitives import compute_capability
-from .energies import select_energies
 from .shares import select_shares
 
 try:

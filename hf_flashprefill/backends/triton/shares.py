@@ -199,17 +199,7 @@ def _select_shares_kernel(
                     blocks = first + tl.arange(0, BLOCK_LIST)
                     peaks = tl.load(peak_rows + blocks[None, :], mask=(blocks <= own)[None, :], other=float("-inf"))
                     scores = tl.max(peaks - log_sums[:, None], 0)
-                    count = append_kept(
-                        scores,
-                        blocks,
-                        threshold,
-                        own,
-                        sink_blocks,
-                        window_blocks,
-                        keep_all,
-                        indices_ptr + list_row * width,
-                        count,
-                    )
+                    count = append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptr, count)
             tl.store(counts_ptr + list_row, count)
 
 
