@@ -15,12 +15,21 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, PATH)
+    _forget_choice()
 
 
 def unregister() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     AttentionBackendEnum.CPU_ATTN.clear_override()
+    _forget_choice()
+
+
+def _forget_choice() -> None:
+    # vLLM looks a backend up once per process; the tests run engines with ours and without in one.
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    _cached_get_attn_backend.cache_clear()
 
 
 def __getattr__(name: str):
