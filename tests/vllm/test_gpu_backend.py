@@ -12,7 +12,7 @@ pytestmark = pytest.mark.vllm
 
 HEADS, KEY_HEADS, SIZE, PAGE = 4, 2, 32, 16
 LAYER = "model.layers.0.self_attn.attn"
-# Runner V1's order: decode, long, padding-free short rows, long with a short context, verification.
+# (query, sequence) tokens: decode, a long row with cached tokens, verification, a short prompt, a whole long prompt, decode.
 ROWS = [(1, 700), (130, 1100), (3, 900), (40, 40), (600, 600), (1, 9)]
 LONG = [1, 4]
 
@@ -166,6 +166,18 @@ def layer_counts(builder):
     return layer
 
 
+def test_vllm_finds_the_installed_plugin():
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
+
+    try:
+        distribution("hf_flashprefill")
+    except PackageNotFoundError:
+        pytest.skip("the package is on the path but not installed")
+    assert load_plugins_by_group(DEFAULT_PLUGINS_GROUP)["flashprefill"] is register
+
+
 def test_long_rows_are_ours_and_runs_are_the_bases(parts, kernel_calls):
     builder, impl, layer = parts()
     common, query, cache = batch()
@@ -177,6 +189,22 @@ def test_long_rows_are_ours_and_runs_are_the_bases(parts, kernel_calls):
     assert counted.sparse_calls == len(LONG)
     assert counted.density == 1
     assert counted.dense_calls == {"decode": 2, "shorter than min_query_len": 2}
+
+
+def test_divided_batches_write_no_persistent_buffers(parts, monkeypatch):
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+
+    builder, _, _ = parts()
+    asked, build = [], FlashAttentionMetadataBuilder.build
+
+    def watching(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        asked.append((common_attn_metadata.num_reqs, fast_build))
+        return build(self, common_prefix_len, common_attn_metadata, fast_build)
+
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", watching)
+    builder.build(0, batch()[0])
+    builder.build(common_prefix_len=0, common_attn_metadata=batch(ROWS[:1])[0])
+    assert asked == [(6, True), (1, True), (2, True), (1, True), (1, False)]
 
 
 def test_sparse_settings_change_long_rows_alone(parts):

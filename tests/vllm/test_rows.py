@@ -1,7 +1,9 @@
 """Planning and gathering, without vLLM: which rows go where, and what is read for them."""
 
 import importlib.util
+import json
 import random
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -15,6 +17,8 @@ from hf_flashprefill.integrations.vllm import BACKEND_PATH
 from hf_flashprefill.integrations.vllm.config import AUTO_MIN_SEQ_LEN, KEY, RowSettings, settings_from
 from hf_flashprefill.integrations.vllm.gather import cpu_pages, flash_pages, gather_row
 from hf_flashprefill.integrations.vllm.planner import LongRow, Run, plan_rows
+
+ROOT = Path(__file__).parents[2]
 
 
 def plan(query_lens, seq_lens, **changes):
@@ -139,6 +143,17 @@ def test_settings_are_read():
     assert settings_from({}) == settings_from(object()) == RowSettings(FlashPrefillConfig())
 
 
+def test_the_documented_settings_are_good():
+    page = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+    (given,) = re.findall(r"--additional-config '(.*)'", page)
+    assert settings_from(json.loads(given)) != settings_from({})
+    assert (
+        f"`min_query_len` | tokens a row must bring to the step to run sparsely; default {RowSettings.min_query_len} |" in page
+    )
+    for module, name in re.findall(r"(hf_flashprefill[\w.]+)\.(\w+)", page):
+        assert hasattr(import_module(module), name)
+
+
 def test_a_length_left_to_us():
     prefill = FlashPrefillConfig()
     object.__setattr__(prefill, "min_seq_len", "auto")
@@ -187,7 +202,7 @@ def test_none_of_this_needs_vllm():
 
 def test_the_package_names_the_plugin():
     # tomllib came with Python 3.11; the lines are plain enough to be read as text.
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     section = project.split('[project.entry-points."vllm.general_plugins"]')[1].split("[")[0]
     module, function = section.split('"')[1].split(":")
     assert callable(getattr(import_module(module), function))
