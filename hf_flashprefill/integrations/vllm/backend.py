@@ -32,7 +32,11 @@ from .stats import GROUPS
 logger = init_logger("vllm.plugins.flashprefill")
 
 # Fields of CommonAttentionMetadata that a run of rows takes its part of.
-PER_ROW_FIELDS = ("seq_lens", "block_table_tensor", "is_prefilling", "seq_lens_cpu_upper_bound", "req_idx")
+PER_ROW_FIELDS = (
+    *("seq_lens", "block_table_tensor", "is_prefilling", "seq_lens_cpu_upper_bound"),
+    # Of vLLM 0.32 and 0.26 alone.
+    *("req_idx", "_seq_lens_cpu", "_num_computed_tokens_cpu"),
+)
 PER_TOKEN_FIELDS = ("slot_mapping", "positions")
 # Fields that are worked out anew for a run, or left to be.
 COMPUTED_FIELDS = (
@@ -54,6 +58,7 @@ FOREIGN_FIELDS = {
     "encoder_seq_lens": "encoder attention",
     "encoder_seq_lens_cpu": "encoder attention",
     "dcp_local_seq_lens": "context parallelism",
+    "dcp_local_seq_lens_cpu": "context parallelism",
     "dcp_local_seq_lens_cpu_upper_bound": "context parallelism",
     "mm_req_doc_ranges": "bidirectional image tokens",
     "rswa_prefix_lens": "R-SWA",
