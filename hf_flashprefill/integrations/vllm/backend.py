@@ -9,6 +9,7 @@ from there alone.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,44 +157,20 @@ class SparsePrefillImpl:
 
     pages: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
-    def __init__(
-        self,
-        num_heads,
-        head_size,
-        scale,
-        num_kv_heads,
-        alibi_slopes,
-        sliding_window,
-        kv_cache_dtype,
-        logits_soft_cap=None,
-        attn_type="decoder",
-        kv_sharing_target_layer_name=None,
-        **kwargs,
-    ):
+    def __init__(self, *args, **kwargs):
         # Checked before the weights are loaded: the layers of the model are made first.
         self._settings = _engine_settings(get_current_vllm_config())
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         traits = {
-            "sliding window": sliding_window is not None,
-            "softcap": bool(logits_soft_cap),
-            "ALiBi": alibi_slopes is not None,
-            "attention sinks": kwargs.get("sinks") is not None,
-            "encoder attention": attn_type != "decoder",
-            "KV sharing": kv_sharing_target_layer_name is not None,
+            "sliding window": given.get("sliding_window") is not None,
+            "softcap": bool(given.get("logits_soft_cap")),
+            "ALiBi": given.get("alibi_slopes") is not None,
+            "attention sinks": given.get("sinks") is not None,
+            "encoder attention": given.get("attn_type", "decoder") != "decoder",
+            "KV sharing": given.get("kv_sharing_target_layer_name") is not None,
         }
         self._trait = next((reason for reason, holds in traits.items() if holds), None)
-        super().__init__(
-            num_heads,
-            head_size,
-            scale,
-            num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            kv_cache_dtype,
-            logits_soft_cap,
-            attn_type,
-            kv_sharing_target_layer_name,
-            **kwargs,
-        )
+        super().__init__(*args, **kwargs)
 
     def forward(
         self,
