@@ -2,8 +2,8 @@
 
     python -m eval.report results/*.json --output results/report.html
 
-Files of eval.needle, recall, perplexity, ruler, selection, ttft and operator_speed; they may be of different runs, and
-several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a folder beside it.
+Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, ttft and operator_speed. They may be of different
+runs; several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a folder beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval import common, needle, perplexity, pictures, recall, ruler
+from eval import common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler
 from hf_flashprefill import LayerStats, PrefillStats
 from hf_flashprefill.plotting import plot_density
 
@@ -137,6 +137,12 @@ KINDS = {
         "Scores in percent, unpatched beside patched.",
         lambda record: ruler.summary_table(record["summary"]),
         lambda record: [Picture("ruler", pictures.draw_ruler(record["summary"]), "Rings: unpatched. Dots: patched.")],
+    ),
+    "lm_eval": Kind(
+        "lm-evaluation-harness",
+        "Means over samples; changes are paired, ± one standard error.",
+        lambda record: lm_eval_adapter.table(record["rows"], record["summary"][0]["density"]),
+        lambda record: [],
     ),
     "selection": Kind(
         "Quality against density",

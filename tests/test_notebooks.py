@@ -4,10 +4,10 @@ import os
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
 
 nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
