@@ -2,8 +2,8 @@
 
     python -m eval.report results/*.json --output results/report.html
 
-Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, ttft and operator_speed. They may be of different
-runs; several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a folder beside it.
+Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, ttft and operator_speed, of one run or of many;
+several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a folder beside it.
 """
 
 from __future__ import annotations
