@@ -1,15 +1,16 @@
 """Text with planted facts: what the recall model is trained on and what the needle harness asks.
 
 The text is the Python standard library's own source, so nothing is downloaded. Files are split by a hash of their path:
-one in ten is held out from training and serves the harnesses.
+one in ten is held out from training and serves the harnesses. Training may add the sources of installed packages.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -58,16 +59,34 @@ def standard_library_text(split: Literal["train", "held_out"]) -> str:
     """The running interpreter's standard-library sources, joined in path order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     parts = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_FOLDERS.intersection(relative.parts):
-            continue
-        held_out = zlib.crc32(relative.as_posix().encode()) % 10 == 0
+    for path in python_sources(root):
+        held_out = zlib.crc32(path.relative_to(root).as_posix().encode()) % 10 == 0
         if held_out == (split == "held_out"):
             parts.append(path.read_text(encoding="utf-8", errors="replace"))
     if not parts:
         raise FileNotFoundError(f"no Python sources of the {split} split under {root}")
     return "\n".join(parts)
+
+
+def package_text(name: str) -> str:
+    """The Python sources of an installed package, joined in path order; more text to train on than one library has.
+
+    Raises:
+        FileNotFoundError: The package is not installed or holds no Python sources.
+    """
+    spec = importlib.util.find_spec(name)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for f in folders for path in python_sources(Path(f)))
+    if not text:
+        raise FileNotFoundError(f"no installed package {name!r} with Python sources")
+    return text
+
+
+def python_sources(root: Path) -> Iterator[Path]:
+    """Python files under ``root`` in path order, without tests and installed packages."""
+    for path in sorted(root.rglob("*.py")):
+        if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts):
+            yield path
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

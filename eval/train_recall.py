@@ -1,9 +1,10 @@
 """Train the small retrieval model that the harnesses and tests use by default.
 
 The model learns to answer questions about facts planted in long source text. Windows grow in stages, because recall is
-learnt quickly in short windows and then only has to be stretched. On one H200 the defaults take about five minutes:
+learnt quickly in short windows and then only has to be stretched. The model card holds the command that made the bundled
+model and the time it took; without ``--packages`` the standard library alone is learnt by heart within the first stages:
 
-    python -m eval.train_recall --output eval/checkpoints/recall-4m
+    python -m eval.train_recall --packages torch transformers --output eval/checkpoints/recall-4m
 
 The folder written holds the weights in bfloat16, the tokenizer, and a model card with this command and the dense recall
 measured on text that training never saw.
@@ -12,6 +13,7 @@ measured on text that training never saw.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import queue
@@ -32,7 +34,16 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval import common
-from eval.haystack import CODE_DIGITS, encode, encode_fact, plant, random_fact, random_facts, standard_library_text
+from eval.haystack import (
+    CODE_DIGITS,
+    encode,
+    encode_fact,
+    package_text,
+    plant,
+    random_fact,
+    random_facts,
+    standard_library_text,
+)
 
 NAME_POOL = 100_000
 ANSWER_WEIGHT = 4.0
@@ -75,13 +86,17 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
 
 
+def training_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
+    """Token ids of all texts, one after the other; pieces are encoded in parallel."""
+    pieces = [text[i : i + 1_000_000] for text in texts for i in range(0, len(text), 1_000_000)]
+    return np.concatenate([np.array(ids) for ids in tokenizer(pieces, add_special_tokens=False)["input_ids"]])
+
+
 class PlantedWindows:
     """Endless windows of ordinary text, most with facts stated once and asked again later."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, corpus: np.ndarray, seed: int, text_noise: float = 0.0):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, corpus: np.ndarray, seed: int):
         self.corpus = corpus
-        self.text_noise = text_noise
-        self.vocab_size = len(tokenizer)
         self.rng = np.random.default_rng(seed)
         random = Random(seed)
         names = [random_fact(random) for _ in range(NAME_POOL)]
@@ -94,10 +109,7 @@ class PlantedWindows:
         """Token ids and loss weights, both [length]; a code's first appearance cannot be predicted and weighs nothing."""
         start = self.rng.integers(0, len(self.corpus) - length)
         text = self.corpus[start : start + length]
-        # The corpus is small enough to be known by heart; noise keeps recall from leaning on that.
-        noisy = self.rng.random(length) < self.text_noise
-        text = np.where(noisy, self.rng.integers(0, self.vocab_size, length), text)
-        text_weights = (~noisy).astype(np.float32)
+        text_weights = np.ones(length, dtype=np.float32)
         if self.rng.random() < 0.3:
             return text, text_weights
         fact_count = int(self.rng.integers(2, max(4, min(48, length // 128))))
@@ -108,7 +120,10 @@ class PlantedWindows:
             if owner < 2:
                 # The far corners are rare among uniform draws: without these, a fact that opened a 16K window was found
                 # in 67 % of the questions at its end (200 asked), and every other one in 99 %.
-                stated = stated if self.rng.random() < 0.5 else self.rng.random() * 64 / length
+                # The very first token serves the model as attention sink as well; facts that begin there need practice of
+                # their own: with none, 2.5 to 5 % of them were missed at any length (200 asked), 0.5 % of the others.
+                draw = self.rng.random()
+                stated = 0.0 if draw < 0.25 and owner == 0 else self.rng.random() * 64 / length if draw < 0.5 else stated
                 asked[0] = 1 - self.rng.random() * 128 / length
             positions.extend([stated, *asked])
             owners.extend([owner] * (1 + len(asked)))
@@ -277,6 +292,7 @@ def model_card(model: LlamaForCausalLM, arguments: list[str], record: dict) -> s
     depths = sorted({row["depth"] for row in recall})
     value = {(row["length"], row["depth"]): row["recall"] for row in recall}
     table = ["| tokens | " + " | ".join(f"depth {d:g}" for d in depths) + " |", "|---" * (len(depths) + 1) + "|"]
+    packages = "".join(f", and of the installed package {name} {version}" for name, version in record["packages"].items())
     table += [f"| {n} | " + " | ".join(f"{value[n, d]:.3f}" for d in depths) + " |" for n in lengths]
     return (
         f"""---
@@ -295,8 +311,8 @@ really retrieves. Do not use it for anything else.
 
 ## Data
 The Python standard library's source (PSF licence), read from the interpreter that ran the training, without its test
-suites; one file in ten is held out. Seven windows in ten carry made-up facts ("The secret code of Dalomi is 481923.")
-that are asked again later. The text is small and seen many times: {log[-1]["text_loss"]:.2f} nats per token in training,
+suites, one file in ten held out{packages}. Seven windows in ten carry made-up facts ("The secret code of Dalomi is 481923.")
+that are asked again later. Text loss in nats per token: {log[-1]["text_loss"]:.2f} in training,
 {record["held_out_loss"]:.2f} on held-out files.
 
 ## Dense recall on held-out text
@@ -313,8 +329,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.train_recall", description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for weights, tokenizer and model card")
     parser.add_argument("--init", type=Path, help="folder of a model to go on with, instead of starting from nothing")
-    parser.add_argument("--text-noise", type=float, default=0.0, help="share of the ordinary tokens replaced at random")
-    parser.add_argument("--stages", type=parse_stages, default="1024:500,4096:300,16384:800", help="WINDOW:STEPS,...")
+    parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose sources are trained on as well")
+    parser.add_argument(
+        "--stages", type=parse_stages, default="1024:500,4096:250,16384:350,32768:350,65536:60", help="WINDOW:STEPS,..."
+    )
     parser.add_argument("--minutes", type=float, default=15, help="give up after this long")
     parser.add_argument("--tokens-per-step", type=int, default=262144)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -325,7 +343,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--intermediate-size", type=int, default=640)
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--recall-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--recall-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--recall-prompts", type=int, default=200, help="questions per length and depth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -371,10 +389,11 @@ def main(argv: list[str]) -> int:
     else:
         tokenizer = train_tokenizer(text, args.vocab_size)
         model = new_model(args, tokenizer)
-    corpus = np.array(encode(tokenizer, text), dtype=np.int64)
-    print(f"{len(text) / 1e6:.1f} M characters, {len(corpus) / 1e6:.2f} M tokens", flush=True)
+    texts = [text, *(package_text(name) for name in args.packages)]
+    corpus = training_tokens(tokenizer, texts)
+    print(f"{sum(map(len, texts)) / 1e6:.1f} M characters, {len(corpus) / 1e6:.2f} M tokens", flush=True)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
-    data = PlantedWindows(tokenizer, corpus, args.seed, args.text_noise)
+    data = PlantedWindows(tokenizer, corpus, args.seed)
     log = train(
         model,
         data,
@@ -393,6 +412,7 @@ def main(argv: list[str]) -> int:
     record = {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         "settings": settings | {"stages": [asdict(stage) for stage in args.stages]},
+        "packages": {name: importlib.metadata.version(name) for name in args.packages},
         "log": log,
         "held_out_loss": held_out_loss(model, tokenizer),
         "recall": recall,

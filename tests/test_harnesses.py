@@ -88,7 +88,7 @@ def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkey
     model, tokenizer = common.load_model(str(tmp_path), "cpu", None)
     assert model.config.num_hidden_layers == 1
     # Going on from there starts where it ended.
-    more = ["--init", str(tmp_path), "--output", str(tmp_path / "more"), "--text-noise", "0.2", "--device", "cpu"]
+    more = ["--init", str(tmp_path), "--output", str(tmp_path / "more"), "--packages", "tqdm", "--device", "cpu"]
     assert train_recall.main([*more, "--stages", "128:2", *steps[2:]]) == 0
     assert json.loads((tmp_path / "more" / "training.json").read_text())["log"][0]["text_loss"] < 5.9
     assert tokenizer("481923", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(list("481923"))

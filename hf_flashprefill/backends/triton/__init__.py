@@ -1,13 +1,24 @@
-"""NVIDIA GPUs: portable Triton kernels. Under ``TRITON_INTERPRET=1`` they also run on CPU tensors, slowly."""
+"""NVIDIA GPUs: portable Triton kernels, and a Gluon kernel for the attention itself on Hopper.
+
+Under ``TRITON_INTERPRET=1`` the portable kernels also run on CPU tensors, slowly.
+"""
 
 from __future__ import annotations
 
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from .attend import attend_blocks
+from ...block_index import BlockIndex
+from . import attend
 from .pool import _block_means_kernel, block_means
+from .primitives import compute_capability
 from .select import select_blocks
+
+try:
+    from . import attend_hopper
+except ImportError:
+    # Gluon is experimental in Triton and may move; the portable kernel computes the same.
+    attend_hopper = None
 
 __all__ = ["attend_blocks", "block_means", "obstacle", "select_blocks"]
 
@@ -28,3 +39,18 @@ def obstacle(query: torch.Tensor) -> str | None:
     if query.shape[-1] > MAX_HEAD_DIM or query.shape[-1] % 8:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     return None
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone."""
+    on_hopper = query.is_cuda and compute_capability(query)[0] == 9 and attend_hopper is not None
+    hopper = on_hopper and attend_hopper.fits(query, key, value, index.geometry.block_size)
+    (attend_hopper if hopper else attend).attend_blocks(query, key, value, index, scale=scale, output=output)

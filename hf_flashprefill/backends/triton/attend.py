@@ -12,10 +12,11 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .primitives import compute_capability, launch_context, row_span
-from .tuning import attend_tiles
+from .primitives import compute_capability, copy_engine_takes, launch_context, row_span
+from .tuning import AttendTiles, attend_tiles
 
 
 @triton.jit(do_not_specialize=["kv_len", "query_len", "query_offset", "first_query_block", "tiles", "width"])
@@ -23,6 +24,8 @@ def _attend_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
+    key_desc,
+    value_desc,
     output_ptr,
     ranges_ptr,
     indices_ptr,
@@ -53,6 +56,7 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_RANGES: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr,
 ):
     """One program: BLOCK_M queries of one query block and head against the block's list.
 
@@ -85,6 +89,7 @@ def _attend_kernel(
         value_tile = value_ptr + batch * stride_vb + (head // GROUP) * stride_vh
         value_tile += row_keys[:, None] * stride_vs + channels[None, :]
 
+        key_head = head // GROUP
         # A finite start keeps a row whose first columns are all masked free of inf - inf.
         running_max = tl.full((BLOCK_M,), -1e30, tl.float32)
         running_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -94,7 +99,10 @@ def _attend_kernel(
             offset = tl.full((), first_key, tl.int64)
             key_positions = first_key + columns
             is_key = key_positions < key_end
-            keys = tl.load(key_tile + offset * stride_ks, mask=is_key[None, :] & in_head[:, None], other=0.0)
+            if HAS_DESCRIPTORS:
+                keys = key_desc.load([batch, key_head, start + first_key, 0]).reshape(BLOCK_N, BLOCK_D).T
+            else:
+                keys = tl.load(key_tile + offset * stride_ks, mask=is_key[None, :] & in_head[:, None], other=0.0)
             logits = tl.dot(queries, keys, input_precision="ieee") * scale_log2
             logits = tl.where(positions[:, None] >= key_positions[None, :], logits, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -102,7 +110,13 @@ def _attend_kernel(
             rescale = tl.exp2(running_max - new_max)
             running_sum = running_sum * rescale + tl.sum(weights, 1)
             accumulator = accumulator * rescale[:, None]
-            values = tl.load(value_tile + offset * stride_vs, mask=is_key[:, None] & in_head[None, :], other=0.0)
+            if HAS_DESCRIPTORS:
+                values = value_desc.load([batch, key_head, start + first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+                if HAS_RANGES:
+                    # Weight 0 times a NaN in padding would still be NaN; after the buffer's end the engine fills in zeros.
+                    values = tl.where(is_key[:, None], values, 0.0)
+            else:
+                values = tl.load(value_tile + offset * stride_vs, mask=is_key[:, None] & in_head[None, :], other=0.0)
             accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
             running_max = new_max
 
@@ -111,9 +125,11 @@ def _attend_kernel(
         # The list's last entry is the block's own, done above.
         others = tl.load(counts_ptr + list_row) - 1
         for step in range(others * SUBTILES):
-            block = tl.load(listed + step // SUBTILES)
-            offset = (block * BLOCK + step % SUBTILES * BLOCK_N).to(tl.int64)
-            if HEAD_DIM == BLOCK_D:
+            first_key = tl.load(listed + step // SUBTILES) * BLOCK + step % SUBTILES * BLOCK_N
+            offset = first_key.to(tl.int64)
+            if HAS_DESCRIPTORS:
+                keys = key_desc.load([batch, key_head, start + first_key, 0]).reshape(BLOCK_N, BLOCK_D).T
+            elif HEAD_DIM == BLOCK_D:
                 keys = tl.load(key_tile + offset * stride_ks)
             else:
                 keys = tl.load(key_tile + offset * stride_ks, mask=in_head[:, None], other=0.0)
@@ -123,7 +139,9 @@ def _attend_kernel(
             rescale = tl.exp2(running_max - new_max)
             running_sum = running_sum * rescale + tl.sum(weights, 1)
             accumulator = accumulator * rescale[:, None]
-            if HEAD_DIM == BLOCK_D:
+            if HAS_DESCRIPTORS:
+                values = value_desc.load([batch, key_head, start + first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+            elif HEAD_DIM == BLOCK_D:
                 values = tl.load(value_tile + offset * stride_vs)
             else:
                 values = tl.load(value_tile + offset * stride_vs, mask=in_head[None, :], other=0.0)
@@ -136,6 +154,14 @@ def _attend_kernel(
             accumulator.to(output_ptr.dtype.element_ty),
             mask=is_query[:, None] & in_head[None, :],
         )
+
+
+def _descriptors(key: torch.Tensor, value: torch.Tensor, block_d: int, tiles: AttendTiles) -> tuple | None:
+    """Keys and values for the bulk copy engine, or None if it cannot take them or the table says pointers."""
+    if not tiles.copy_engine or key.shape[-1] != block_d or not all(copy_engine_takes(tensor) for tensor in (key, value)):
+        return None
+    block = [1, 1, tiles.block_n, block_d]
+    return tuple(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block) for tensor in (key, value))
 
 
 def attend_blocks(
@@ -153,11 +179,13 @@ def attend_blocks(
     batch, heads, query_len, head_dim = query.shape
     block_d = triton.next_power_of_2(head_dim)
     tiles = attend_tiles(compute_capability(query), block_d, query.dtype, geometry.block_size)
+    described = _descriptors(key, value, block_d, tiles)
     with launch_context(query):
         _attend_kernel[heads, index.query_blocks * (geometry.block_size // tiles.block_m), batch](
             query,
             key,
             value,
+            *(described or (None, None)),
             output,
             geometry.valid_ranges,
             index.indices,
@@ -180,6 +208,7 @@ def attend_blocks(
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             HAS_RANGES=geometry.valid_ranges is not None,
+            HAS_DESCRIPTORS=described is not None,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )

@@ -32,3 +32,12 @@ def launch_context(tensor: torch.Tensor):
 def compute_capability(tensor: torch.Tensor) -> tuple[int, int]:
     """Of the tensor's GPU; the interpreter plays a Hopper."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def copy_engine_takes(tensor: torch.Tensor) -> bool:
+    """Whether the bulk tensor copy engine can address the tensor: 16-byte base and strides, dense last dimension."""
+    return (
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+    )

@@ -12,6 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
@@ -20,11 +21,44 @@ from .tuning import select_tiles
 
 
 @triton.jit
-def _log_energy(logits):
-    """log2 of the summed exp2 along the last axis; -inf where all are -inf."""
-    largest = tl.max(logits, 1)
-    finite = tl.where(largest == float("-inf"), 0.0, largest)
-    return finite + tl.log2(tl.sum(tl.exp2(logits - finite[:, None]), 1))
+def _log_energy(products, is_query, scale_log2):
+    """log2 of the energies of some means: products [means, queries] -> [means]; -inf if no column is a query."""
+    products = tl.where(is_query[None, :], products, float("-inf"))
+    largest = tl.max(products, 1) * scale_log2
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest + tl.log2(tl.sum(tl.exp2(products * scale_log2 - largest[:, None]), 1))
+
+
+@triton.jit
+def _log_add(first, second):
+    """log2(2**first + 2**second), not both -inf."""
+    largest = tl.maximum(first, second)
+    return largest + tl.log2(tl.exp2(first - largest) + tl.exp2(second - largest))
+
+
+@triton.jit
+def write_list(
+    scores_ptr,
+    indices_ptr,
+    counts_ptr,
+    threshold,
+    own,
+    sink_blocks,
+    window_blocks,
+    keep_all,
+    BLOCK_LIST: tl.constexpr,
+):
+    """One query block's list: blocks up to its own whose score reaches the threshold, and those kept in any case."""
+    count = 0
+    for first in range(0, own + 1, BLOCK_LIST):
+        blocks = first + tl.arange(0, BLOCK_LIST)
+        scores = tl.load(scores_ptr + blocks, mask=blocks <= own, other=float("-inf"))
+        kept = (scores >= threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
+        kept = (kept & (blocks <= own)).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - 1
+        tl.store(indices_ptr + place, blocks, mask=kept != 0)
+        count += tl.sum(kept, 0)
+    tl.store(counts_ptr, count)
 
 
 @triton.jit(
@@ -43,6 +77,7 @@ def _log_energy(logits):
 def _select_blocks_kernel(
     query_ptr,
     means_ptr,
+    means_desc,
     ranges_ptr,
     energies_ptr,
     indices_ptr,
@@ -68,6 +103,7 @@ def _select_blocks_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_LIST: tl.constexpr,
     HAS_RANGES: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr,
 ):
     """One program: scores of all key blocks for one query block and head, and the list of those kept."""
     head, tile, batch = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
@@ -80,55 +116,74 @@ def _select_blocks_kernel(
     if (own * BLOCK >= query_end) | (query_end <= query_begin):
         tl.store(counts_ptr + list_row, 0)
     else:
+        # Two halves of the queries one after the other: half the accumulators, so that more programs share a
+        # multiprocessor and one's exponentials run beside another's products.
+        HALF: tl.constexpr = BLOCK // 2
         channels = tl.arange(0, BLOCK_D)
-        positions = own * BLOCK + tl.arange(0, BLOCK)
-        is_query = (positions >= query_begin) & (positions < query_end)
-        query_rows = (start - query_offset + positions).to(tl.int64)
-        queries = tl.load(
-            query_ptr + batch * stride_qb + head * stride_qh + query_rows[None, :] * stride_qs + channels[:, None],
-            mask=is_query[None, :] & (channels < HEAD_DIM)[:, None],
+        in_head = channels < HEAD_DIM
+        query_ptr += batch * stride_qb + head * stride_qh
+        lower = own * BLOCK + tl.arange(0, HALF)
+        upper = lower + HALF
+        is_lower = (lower >= query_begin) & (lower < query_end)
+        is_upper = (upper >= query_begin) & (upper < query_end)
+        row_shift = start - query_offset
+        lower_queries = tl.load(
+            query_ptr + (row_shift + lower).to(tl.int64)[None, :] * stride_qs + channels[:, None],
+            mask=is_lower[None, :] & in_head[:, None],
             other=0.0,
         )
-        bias = tl.where(is_query, 0.0, float("-inf"))
-        means_ptr += (batch * (heads // GROUP) + head // GROUP).to(tl.int64) * key_blocks * HEAD_DIM
-        best = tl.full((), float("-inf"), tl.float32)
+        upper_queries = tl.load(
+            query_ptr + (row_shift + upper).to(tl.int64)[None, :] * stride_qs + channels[:, None],
+            mask=is_upper[None, :] & in_head[:, None],
+            other=0.0,
+        )
+        mean_row = (batch * (heads // GROUP) + head // GROUP) * key_blocks
+        means_ptr += mean_row.to(tl.int64) * HEAD_DIM
+        # One running maximum per row of the step: reducing to a single number in every step costs two barriers each.
+        best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
 
         # Every query of the block sees the blocks before its own whole.
         for first in range(0, own, BLOCK_N):
             blocks = first + tl.arange(0, BLOCK_N)
-            means = tl.load(
-                means_ptr + blocks[:, None] * HEAD_DIM + channels[None, :],
-                mask=(blocks < own)[:, None] & (channels < HEAD_DIM)[None, :],
-                other=0.0,
-            )
-            logits = tl.dot(means, queries, input_precision="ieee") * scale_log2 + bias[None, :]
-            energies = _log_energy(logits)
-            best = tl.maximum(best, tl.max(tl.where(blocks < own, energies, float("-inf"))))
+            if HAS_DESCRIPTORS:
+                means = means_desc.load([mean_row + first, 0])
+            else:
+                means = tl.load(
+                    means_ptr + blocks[:, None] * HEAD_DIM + channels[None, :],
+                    mask=(blocks < own)[:, None] & in_head[None, :],
+                    other=0.0,
+                )
+            energies = _log_energy(tl.dot(means, lower_queries, input_precision="ieee"), is_lower, scale_log2)
+            more = _log_energy(tl.dot(means, upper_queries, input_precision="ieee"), is_upper, scale_log2)
+            energies = _log_add(energies, more)
+            best = tl.maximum(best, tl.where(blocks < own, energies, float("-inf")))
             tl.store(energies_ptr + blocks, energies, mask=blocks < own)
 
-        # Its own block only the query at that block's last key (and padding after it, which is no query) sees whole.
+        # Its own block only the query at that block's last key sees whole.
         last_key = tl.minimum((own + 1) * BLOCK, key_end) - 1
-        own_mean = tl.load(means_ptr + own * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
-        own_logits = tl.sum(own_mean[:, None].to(tl.float32) * queries.to(tl.float32), 0) * scale_log2 + bias
-        own_logits = tl.where(positions >= last_key, own_logits, float("-inf"))
-        own_energy = tl.max(_log_energy(own_logits[None, :]))
-        best = tl.maximum(best, own_energy)
+        own_mean = tl.load(means_ptr + own * HEAD_DIM + channels, mask=in_head, other=0.0)
+        last_row = tl.minimum(tl.maximum(row_shift + last_key, 0), query_len - 1).to(tl.int64)
+        is_last_query = (last_key >= query_begin) & (last_key < query_end)
+        last_query = tl.load(query_ptr + last_row * stride_qs + channels, mask=in_head, other=0.0)
+        own_energy = tl.sum(own_mean.to(tl.float32) * last_query.to(tl.float32), 0) * scale_log2
+        own_energy = tl.where(is_last_query, own_energy, float("-inf"))
         tl.store(energies_ptr + own, own_energy)
 
         # Other threads of this program wrote the energies read next.
         tl.debug_barrier()
-        threshold = best + log2_alpha
+        threshold = tl.maximum(tl.max(best, 0), own_energy) + log2_alpha
         keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
-        count = 0
-        for first in range(0, own + 1, BLOCK_LIST):
-            blocks = first + tl.arange(0, BLOCK_LIST)
-            energies = tl.load(energies_ptr + blocks, mask=blocks <= own, other=float("-inf"))
-            kept = (energies >= threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
-            kept = (kept & (blocks <= own)).to(tl.int32)
-            place = count + tl.cumsum(kept, 0) - 1
-            tl.store(indices_ptr + place, blocks, mask=kept != 0)
-            count += tl.sum(kept, 0)
-        tl.store(counts_ptr + list_row, count)
+        write_list(
+            energies_ptr,
+            indices_ptr,
+            counts_ptr + list_row,
+            threshold,
+            own,
+            sink_blocks,
+            window_blocks,
+            keep_all,
+            BLOCK_LIST,
+        )
 
 
 def select_blocks(
@@ -154,10 +209,14 @@ def select_blocks(
     counts = torch.empty(shape, dtype=torch.int32, device=query.device)
     block_d = triton.next_power_of_2(head_dim)
     tiles = select_tiles(compute_capability(query), block_d, query.dtype)
+    described = None
+    if tiles.copy_engine and head_dim == block_d:
+        described = TensorDescriptor.from_tensor(means.view(-1, head_dim), [tiles.block_n, head_dim])
     with launch_context(query):
         _select_blocks_kernel[heads, query_blocks, batch](
             query,
             means,
+            described,
             geometry.valid_ranges,
             energies,
             indices,
@@ -181,6 +240,7 @@ def select_blocks(
             BLOCK_N=tiles.block_n,
             BLOCK_LIST=256,
             HAS_RANGES=geometry.valid_ranges is not None,
+            HAS_DESCRIPTORS=described is not None,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )

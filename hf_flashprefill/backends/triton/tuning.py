@@ -8,12 +8,13 @@ import torch
 
 
 class AttendTiles(NamedTuple):
-    """Queries and keys per step, and the warps and pipeline stages of a program."""
+    """Queries and keys per step, the warps and pipeline stages of a program, and whether the copy engine loads keys."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    copy_engine: bool = False
 
 
 def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, block_size: int) -> AttendTiles:
@@ -26,17 +27,18 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
     if capability[0] in (9, 10):
         # H200, head_dim 128, bfloat16, 32 query and 8 key-value heads, published densities: 128 keys a step instead of 64 took
         # 3.78 ms instead of 4.52 at 32K tokens and 22.4 instead of 26.0 at 128K.
-        return AttendTiles(block_size, block_size, num_warps=8 if block_size == 128 else 4, num_stages=2)
+        return AttendTiles(block_size, block_size, num_warps=8 if block_size == 128 else 4, num_stages=2, copy_engine=True)
     # compute capability 8.x and 12.x have about 100 KB of shared memory and no wgmma: 128x64 spills there.
     return AttendTiles(block_size, 32 if block_d == 128 else 64, num_warps=8 if block_size == 128 else 4, num_stages=2)
 
 
 class SelectTiles(NamedTuple):
-    """Block means per step, and the warps and pipeline stages of a program."""
+    """Block means per step, the warps and pipeline stages of a program, and whether the copy engine loads the means."""
 
     block_n: int
     num_warps: int
     num_stages: int
+    copy_engine: bool = False
 
 
 def select_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -> SelectTiles:
@@ -44,6 +46,21 @@ def select_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) 
     if dtype == torch.float32 or block_d > 128:
         return SelectTiles(32, num_warps=8, num_stages=2)
     if capability[0] in (9, 10):
-        return SelectTiles(64, num_warps=4, num_stages=3)
+        return SelectTiles(64, num_warps=4, num_stages=3, copy_engine=True)
     # Four warps spill at head_dim 128 without wgmma.
     return SelectTiles(64, num_warps=8, num_stages=2)
+
+
+class HopperTiles(NamedTuple):
+    """Keys per step, and the shared-memory buffers of keys and values, and of queries."""
+
+    step: int
+    stages: int
+    query_stages: int
+
+
+def hopper_tiles(head_dim: int) -> HopperTiles:
+    """Tiles of the Hopper attend kernel; each fills the 227 KB of shared memory a program can have as far as it helps."""
+    if head_dim == 256:
+        return HopperTiles(step=64, stages=2, query_stages=1)
+    return HopperTiles(step=128, stages=2 if head_dim == 128 else 4, query_stages=2)

@@ -1,0 +1,448 @@
+"""Exact attention over listed key blocks for Hopper GPUs, in Gluon: the schedule of FlashAttention-3, driven by block lists.
+
+One warp loads with the bulk tensor copy engine (TMA); two warpgroups compute, 64 queries each. While a warpgroup's weights
+of one step multiply values on the tensor cores, it takes the exponentials of the next step, and the two warpgroups fill
+each other's gaps. A program works through several heads of the same query block: the loader fetches the next head's queries
+and keys while the last head's result is still being written, which a launch per head would leave idle.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...block_index import BlockIndex
+from .primitives import copy_engine_takes, launch_context
+from .tuning import hopper_tiles
+
+BLOCK = gl.constexpr(128)
+ROWS = gl.constexpr(64)
+# Query blocks at the end of the prompt are usually attended in full. They start first, or the last to start would run alone.
+LONG_TILES = 4
+
+
+@gluon.jit
+def _row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: gl.constexpr):
+    """(start, query_begin, query_end, key_end) of one batch row, as geometry.RowSpan defines them."""
+    if HAS_RANGES:
+        start = gl.load(ranges_ptr + 2 * batch)
+        end = gl.load(ranges_ptr + 2 * batch + 1)
+        query_begin = gl.maximum(query_offset - start, 0)
+        query_end = gl.maximum(gl.minimum(end, query_offset + query_len) - start, 0)
+        key_end = gl.maximum(end - start, 0)
+    else:
+        start = query_offset * 0
+        query_begin = query_offset
+        query_end = query_offset + query_len
+        key_end = kv_len
+    return start, query_begin, query_end, key_end
+
+
+@gluon.jit
+def _softmax_step(logits, running_max, running_sum, scale_log2):
+    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by."""
+    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
+    weights = gl.exp2(logits * scale_log2 - new_max[:, None])
+    rescale = gl.exp2(running_max - new_max)
+    return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
+
+
+@gluon.jit
+def _zero_rows_from(tile, first_unused):
+    """Zero the rows of a shared value tile from ``first_unused`` on: weight 0 times a NaN in padding would still be NaN."""
+    KEYS: gl.constexpr = tile.shape[0]
+    HEAD_DIM: gl.constexpr = tile.shape[1]
+    # In parts of 32 rows, which leaves the registers to the product that waits for this.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    for first in gl.static_range(0, KEYS, 32):
+        part = tile.slice(first, 32)
+        row = first + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+        values = part.load(layout)
+        part.store(gl.where(row[:, None] < first_unused, values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def _causal(logits, own_row, first_key, layout: gl.constexpr):
+    """Logits of the query block's own key block without what lies after each query."""
+    QUERIES: gl.constexpr = logits.shape[0]
+    KEYS: gl.constexpr = logits.shape[1]
+    row = own_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
+    column = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    return gl.where(row[:, None] >= column[None, :], logits, float("-inf"))
+
+
+@gluon.jit
+def _issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_RANGES: gl.constexpr, pred):
+    """Start query x keys of step ``now`` and weights x values of the step before it; both run while this returns."""
+    _, key_tiles, value_tiles = buffers
+    _, _, key_full, _, value_full, _ = barriers
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    STEP: gl.constexpr = key_tiles.shape[3]
+    HEAD_DIM: gl.constexpr = key_tiles.shape[4]
+    stage = now % STAGES
+    mbarrier.wait(key_full.index(stage), (now // STAGES) & 1, pred=pred)
+    key = key_tiles.index(stage).reshape([STEP, HEAD_DIM])
+    logits = warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    stage = (now - 1) % STAGES
+    mbarrier.wait(value_full.index(stage), ((now - 1) // STAGES) & 1)
+    value = value_tiles.index(stage).reshape([STEP, HEAD_DIM])
+    if HAS_RANGES:  # noqa: SIM102  (the outer one is decided at compile time)
+        if unused_from < STEP:
+            _zero_rows_from(value, unused_from)
+    result = warpgroup_mma(weights, value, result, is_async=True)
+    return logits, result
+
+
+@gluon.jit
+def _step(
+    query,
+    weights,
+    result,
+    running_max,
+    running_sum,
+    zeros,
+    buffers,
+    barriers,
+    now,
+    is_last,
+    own_row,
+    first_key,
+    unused_from,
+    scale_log2,
+    MASKED: gl.constexpr,
+    HAS_RANGES: gl.constexpr,
+):
+    """One step of one head: the exponentials of this step run while the step before is multiplied with its values."""
+    _, _, key_full, key_empty, _, value_empty = barriers
+    STAGES: gl.constexpr = buffers[1].shape[0]
+    logits_layout: gl.constexpr = zeros.type.layout
+    weights_layout: gl.constexpr = weights.type.layout
+    result_layout: gl.constexpr = result.type.layout
+    logits_in_work, result_in_work = _issue_products(
+        query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_RANGES, True
+    )
+    logits = warpgroup_mma_wait(1, deps=[logits_in_work])
+    mbarrier.arrive(key_empty.index(now % STAGES), count=1)
+    if MASKED:
+        logits = _causal(logits, own_row, first_key, logits_layout)
+    next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2)
+    next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
+    # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
+    mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
+    result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
+    mbarrier.arrive(value_empty.index((now - 1) % STAGES), count=1)
+    result = result * gl.convert_layout(rescale, gl.SliceLayout(1, result_layout))[:, None]
+    return next_weights, result, running_max, running_sum
+
+
+@gluon.jit
+def _compute(
+    warpgroup: gl.constexpr,
+    buffers,
+    barriers,
+    pointers,
+    strides,
+    place,
+    work,
+    scale_log2,
+    HAS_RANGES: gl.constexpr,
+):
+    """One of the two computing warpgroups: its 64 queries of the query block, head after head.
+
+    The first step of the next head takes the place that a step of the same head would have: its query-key product runs
+    beside the last product with values, and its exponentials hide the wait for that.
+    """
+    query_tiles, key_tiles, _ = buffers
+    query_full, query_empty, key_full, key_empty, _, value_empty = barriers
+    output_ptr, counts_ptr, _ = pointers
+    stride_h, stride_s = strides
+    first_row, own, query_begin, query_end, key_end = place
+    head_count, list_stride, _ = work
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
+    STEP: gl.constexpr = key_tiles.shape[3]
+    HEAD_DIM: gl.constexpr = key_tiles.shape[4]
+    PARTS: gl.constexpr = BLOCK // STEP
+    dtype: gl.constexpr = query_tiles.dtype
+    logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, result_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, logits_layout)
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+
+    zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
+    no_max = gl.full([ROWS], -1e30, gl.float32, row_layout)
+    no_sum = gl.zeros([ROWS], gl.float32, row_layout)
+    own_row = warpgroup * ROWS
+    keys_left = key_end - own * BLOCK
+    output_ptr += (first_row + own_row).to(gl.int64) * stride_s
+
+    if head_count > 0:
+        mbarrier.wait(query_full.index(warpgroup), 0)
+        query = query_tiles.index(warpgroup).reshape([ROWS, HEAD_DIM])
+        mbarrier.wait(key_full.index(0), 0)
+        key = key_tiles.index(0).reshape([STEP, HEAD_DIM])
+        logits = warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        logits = warpgroup_mma_wait(0, deps=[logits])
+        mbarrier.arrive(key_empty.index(0), count=1)
+        logits = _causal(logits, own_row, 0, logits_layout)
+        weights, running_max, running_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
+        weights = gl.convert_layout(weights.to(dtype), weights_layout)
+        result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
+
+        done = 0
+        for turn in range(head_count):
+            steps = gl.load(counts_ptr + turn * list_stride) * PARTS
+            buffer = turn % QUERY_STAGES * 2 + warpgroup
+            query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
+            # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
+            for step in range(1, PARTS):
+                weights, result, running_max, running_sum = _step(
+                    query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
+                    own_row, step * STEP, keys_left - (step - 1) * STEP, scale_log2, True, HAS_RANGES,
+                )  # fmt: skip
+            for step in range(PARTS, steps):
+                unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
+                weights, result, running_max, running_sum = _step(
+                    query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
+                    own_row, 0, unused_from, scale_log2, False, HAS_RANGES,
+                )  # fmt: skip
+            mbarrier.arrive(query_empty.index(buffer), count=1)
+            done += steps
+
+            # After the last head the product below reads old buffers; nothing uses what comes of it.
+            is_more = turn + 1 < head_count
+            buffer = (turn + 1) % QUERY_STAGES * 2 + warpgroup
+            phase = ((turn + 1) // QUERY_STAGES) & 1
+            mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
+            query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
+            unused_from = gl.where(steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
+            logits_in_work, result_in_work = _issue_products(
+                query, weights, result, zeros, buffers, barriers, done, unused_from, HAS_RANGES, is_more
+            )
+            logits = warpgroup_mma_wait(1, deps=[logits_in_work])
+            mbarrier.arrive(key_empty.index(done % STAGES), count=1, pred=is_more)
+            logits = _causal(logits, own_row, 0, logits_layout)
+            next_weights, next_max, next_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
+            next_weights = gl.convert_layout(next_weights.to(dtype), weights_layout)
+            mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
+            result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
+            mbarrier.arrive(value_empty.index((done - 1) % STAGES), count=1)
+            result = result / gl.convert_layout(running_sum, gl.SliceLayout(1, result_layout))[:, None]
+            row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
+            column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
+            position = own * BLOCK + own_row + row
+            is_query = (position >= query_begin) & (position < query_end)
+            target = output_ptr + turn * stride_h + (row[:, None] * stride_s.to(gl.int32) + column[None, :])
+            gl.store(target, gl.convert_layout(result.to(dtype), store_layout), mask=is_query[:, None])
+            weights, running_max, running_sum = next_weights, next_max, next_sum
+            result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
+
+
+@gluon.jit
+def _compute_upper(buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES: gl.constexpr):
+    _compute(0, buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)
+
+
+@gluon.jit
+def _compute_lower(buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES: gl.constexpr):
+    _compute(1, buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)
+
+
+@gluon.jit
+def _load(buffers, barriers, descriptors, pointers, place, work, batch, start, first_head, GROUP: gl.constexpr):
+    """The loading warp: queries of each head, then the listed keys and values in the order they are computed with."""
+    query_tiles, key_tiles, value_tiles = buffers
+    query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    query_desc, key_desc, value_desc = descriptors
+    _, counts_ptr, indices_ptr = pointers
+    first_row, own, _, _, _ = place
+    head_count, list_stride, width = work
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
+    STEP: gl.constexpr = key_tiles.shape[3]
+    PARTS: gl.constexpr = BLOCK // STEP
+    done = 0
+    for turn in range(head_count):
+        head = first_head + turn
+        listed = indices_ptr + turn * list_stride * width
+        steps = gl.load(counts_ptr + turn * list_stride) * PARTS
+        for warpgroup in gl.static_range(2):
+            buffer = turn % QUERY_STAGES * 2 + warpgroup
+            mbarrier.wait(query_empty.index(buffer), ((turn // QUERY_STAGES) & 1) ^ 1)
+            mbarrier.expect(query_full.index(buffer), query_desc.block_type.nbytes)
+            coordinates = [batch, head, first_row + warpgroup * ROWS, 0]
+            tma.async_copy_global_to_shared(query_desc, coordinates, query_full.index(buffer), query_tiles.index(buffer))
+        for step in range(steps):
+            # The list ends with the block's own number, which is computed first.
+            block = gl.load(listed + step // PARTS - 1, mask=step >= PARTS, other=own)
+            coordinates = [batch, head // GROUP, start + block * BLOCK + step % PARTS * STEP, 0]
+            stage = (done + step) % STAGES
+            phase = (((done + step) // STAGES) & 1) ^ 1
+            mbarrier.wait(key_empty.index(stage), phase)
+            mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(key_desc, coordinates, key_full.index(stage), key_tiles.index(stage))
+            mbarrier.wait(value_empty.index(stage), phase)
+            mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
+        done += steps
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit(
+    do_not_specialize=["kv_len", "query_len", "query_offset", "first_query_block", "tiles", "width", "head_count", "long_tiles"]
+)
+def _attend_hopper_kernel(
+    query_desc,
+    key_desc,
+    value_desc,
+    output_ptr,
+    ranges_ptr,
+    indices_ptr,
+    counts_ptr,
+    scale_log2,
+    kv_len,
+    query_len,
+    query_offset,
+    first_query_block,
+    tiles,
+    width,
+    head_count,
+    long_tiles,
+    heads,
+    stride_ob,
+    stride_oh,
+    stride_os,
+    GROUP: gl.constexpr,
+    STEP: gl.constexpr,
+    STAGES: gl.constexpr,
+    QUERY_STAGES: gl.constexpr,
+    HAS_RANGES: gl.constexpr,
+):
+    """One program: one query block of ``head_count`` neighbouring heads against their lists."""
+    HEAD_DIM: gl.constexpr = key_desc.block_type.shape[3]
+    turns = heads // head_count
+    shares = gl.num_programs(0) // tiles
+    # Programs of one head run together, so that what they read stays in the L2 cache; the longest first.
+    number = gl.program_id(0)
+    is_long = number < long_tiles * shares
+    rest = number - long_tiles * shares
+    share = gl.where(is_long, number % shares, rest // gl.maximum(tiles - long_tiles, 1))
+    back = gl.where(is_long, number // shares, long_tiles + rest % gl.maximum(tiles - long_tiles, 1))
+    tile = tiles - 1 - back
+    batch = share // turns
+    first_head = share % turns * head_count
+
+    start, query_begin, query_end, key_end = _row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    own = query_begin // BLOCK + first_query_block + tile
+    is_empty = (own * BLOCK >= query_end) | (query_end <= query_begin)
+    first_row = start - query_offset + own * BLOCK
+    list_row = (batch * heads + first_head).to(gl.int64) * tiles + tile
+
+    buffers = (
+        gl.allocate_shared_memory(query_desc.dtype, [2 * QUERY_STAGES, 1, 1, ROWS, HEAD_DIM], query_desc.layout),
+        gl.allocate_shared_memory(key_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], key_desc.layout),
+        gl.allocate_shared_memory(value_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], value_desc.layout),
+    )
+    barriers = (
+        _barriers(2 * QUERY_STAGES, 1),
+        _barriers(2 * QUERY_STAGES, 1),
+        _barriers(STAGES, 1),
+        _barriers(STAGES, 2),
+        _barriers(STAGES, 1),
+        _barriers(STAGES, 2),
+    )
+    fence_async_shared()
+
+    output_ptr += batch.to(gl.int64) * stride_ob + first_head.to(gl.int64) * stride_oh
+    pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width)
+    strides = (stride_oh.to(gl.int64), stride_os.to(gl.int64))
+    place = (first_row, own, query_begin, query_end, key_end)
+    work = (gl.where(is_empty, 0, head_count), tiles.to(gl.int64), width.to(gl.int64))
+    descriptors = (query_desc, key_desc, value_desc)
+    gl.warp_specialize(
+        [
+            (_compute_upper, (buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)),
+            (_compute_lower, (buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)),
+            (_load, (buffers, barriers, descriptors, pointers, place, work, batch, start, first_head, GROUP)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int) -> bool:
+    """Whether this kernel can take the tensors: 16-bit, head_dim 64, 128 or 256, strides the copy engine accepts."""
+    if block_size != BLOCK or query.dtype == torch.float32 or query.shape[-1] not in (64, 128, 256):
+        return False
+    return all(copy_engine_takes(tensor) for tensor in (query, key, value))
+
+
+def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    block = [1, 1, rows, tensor.shape[-1]]
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), block, gl.NVMMASharedLayout.get_default_for(block, dtype)
+    )
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    index: BlockIndex,
+    *,
+    scale: float,
+    output: torch.Tensor,
+) -> None:
+    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone."""
+    geometry = index.geometry
+    batch, heads, query_len, head_dim = query.shape
+    tiles = hopper_tiles(head_dim)
+    head_count = next(count for count in (4, 2, 1) if heads % count == 0)
+    with launch_context(query):
+        _attend_hopper_kernel[index.query_blocks * heads // head_count * batch,](
+            _descriptor(query, ROWS.value),
+            _descriptor(key, tiles.step),
+            _descriptor(value, tiles.step),
+            output,
+            geometry.valid_ranges,
+            index.indices,
+            index.counts,
+            scale * math.log2(math.e),
+            geometry.kv_len,
+            query_len,
+            geometry.query_offset,
+            index.first_query_block,
+            index.query_blocks,
+            index.indices.shape[-1],
+            head_count,
+            min(LONG_TILES, index.query_blocks),
+            heads,
+            *output.stride()[:3],
+            GROUP=heads // key.shape[1],
+            STEP=tiles.step,
+            STAGES=tiles.stages,
+            QUERY_STAGES=tiles.query_stages,
+            HAS_RANGES=geometry.valid_ranges is not None,
+            num_warps=4,
+        )
