@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,3 +153,18 @@ def test_mistakes_end_in_one_line_and_status_2(content, arguments, message, tmp_
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert message in error[0]
+
+
+def test_a_browser_shows_it(page, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium to render the page with")
+    shot = tmp_path / "page.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2000"]
+    command = [browser, *options, f"--user-data-dir={tmp_path}/profile", f"--screenshot={shot}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    picture = imread(shot)[..., :3]
+    assert picture.shape[:2] == (2000, 1100)
+    # The needle heat map comes first; no part of the page is much inked, and the margins hold nothing.
+    assert 0.01 < (picture.min(-1) < 0.9).mean() < 0.3
+    assert (picture[:, -20:] > 0.99).all()
