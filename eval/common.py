@@ -56,7 +56,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(BUNDLED_MODEL), help="hub id or folder (default: the bundled model)")
+    parser.add_argument("--model", default=str(BUNDLED_MODEL), help="hub id, folder or shape:NAME (default: the bundled model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
 
@@ -184,8 +184,11 @@ def limited(groups: Sequence[Sequence[Any]], limit: int | None) -> list[Any]:
 def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer from the hub or a folder.
 
+    ``shape:NAME`` gives random weights of one of eval.ttft's published shapes with the bundled tokenizer: its answers mean
+    nothing, but it shows that a harness fits and runs at that size.
+
     Raises:
-        UsageError: There is no such model, or no such device.
+        UsageError: There is no such model, shape or device.
     """
     try:
         target = process_device(device)
@@ -193,6 +196,8 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {first_line(error)}") from None
     chosen = DTYPES[dtype] if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    if name.startswith("shape:"):
+        return _random_model(name.removeprefix("shape:"), target, dtype)
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise UsageError(f"--model {name}: there is no such folder")
     try:
@@ -201,6 +206,15 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {name}: {first_line(error)}") from None
     return model.to(target).eval(), tokenizer
+
+
+def _random_model(shape: str, device: torch.device, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Imported here because eval.ttft imports this module.
+    from eval.ttft import SHAPES, random_model
+
+    if shape not in SHAPES:
+        raise UsageError(f"--model shape:{shape}: the shapes are {', '.join(sorted(SHAPES))}")
+    return random_model(shape, str(device), dtype), AutoTokenizer.from_pretrained(BUNDLED_MODEL)
 
 
 def process_device(device: str) -> torch.device:

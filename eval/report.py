@@ -12,7 +12,9 @@ import base64
 import html
 import io
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,8 +225,12 @@ def page(paths: list[Path], output: Path) -> str:
     folder = output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     links, sections = [], []
-    for number, (path, record) in enumerate(records, 1):
-        anchor = f"{number}-{record['harness']}"
+    used: Counter[str] = Counter()
+    for path, record in records:
+        anchor = f"{record['harness']}-{re.sub('[^A-Za-z0-9.]+', '-', path.stem)}"
+        used[anchor] += 1
+        if used[anchor] > 1:
+            anchor += f"-{used[anchor]}"
         alone = sum(other["harness"] == record["harness"] for _, other in records) == 1
         label = KINDS[record["harness"]].title + ("" if alone else f" ({path.stem})")
         links.append(f'<a href="#{anchor}">{html.escape(label)}</a>')
