@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import hf_flashprefill
 from eval.runner import PartialRun, process_count, process_rank
-from eval.schema import Result
+from eval.schema import ModelRecord, Result
 from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError, prefill_stats
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
@@ -56,15 +56,14 @@ def run_command(main: Callable[[list[str]], int]) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=str(BUNDLED_MODEL), help="hub id or folder (default: the bundled model)")
+    parser.add_argument("--model", default=str(BUNDLED_MODEL), help="hub id, folder or shape:NAME (default: the bundled model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Sequence[int]) -> None:
-    """Model, settings of the patched state, and what all harnesses that ask prompts have in common."""
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Settings of the patched state."""
     defaults = FlashPrefillConfig()
-    add_model_arguments(parser)
     parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
     parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
     parser.add_argument(
@@ -73,6 +72,12 @@ def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Se
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of FlashPrefillConfig, values as in JSON"
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Sequence[int]) -> None:
+    """Model, settings of the patched state, and what all harnesses that ask prompts have in common."""
+    add_model_arguments(parser)
+    add_config_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(lengths), help="tokens (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="quick look: at most this many prompts of each kind and length")
     parser.add_argument("--output", type=Path, default=Path(f"results/{harness}.json"), help="JSON file (default: %(default)s)")
@@ -80,16 +85,25 @@ def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Se
 
 
 def check_run_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    """The settings of the patched state.
+    """The settings of the patched state, after a look at the other arguments.
 
     Raises:
         UsageError: A value is out of its range or a field does not exist.
     """
-    for name in ("lengths", "limit"):
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1, got {value}")
+    for length in args.lengths:
+        if length < 1:
+            raise UsageError(f"--lengths must be at least 1, got {length}")
+    return check_config_arguments(args)
+
+
+def check_config_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
+    """The settings of the patched state; checks --limit and --output, too.
+
+    Raises:
+        UsageError: A value is out of its range or a field does not exist.
+    """
+    if args.limit is not None and args.limit < 1:
+        raise UsageError(f"--limit must be at least 1, got {args.limit}")
     if args.output.is_dir():
         raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
     fields = {"alpha": args.alpha, "selector": args.selector, "min_seq_len": args.min_seq_len}
@@ -131,14 +145,7 @@ def run_and_record(
     Raises:
         UsageError: The model cannot be patched or a prompt does not fit.
     """
-    left_out = {"output", "device", "dtype", "model", "alpha", "selector", "min_seq_len", "set"}
-    arguments = {name: _plain(value) for name, value in vars(args).items() if name not in left_out}
-    identity = {
-        "name": Path(args.model).name,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "base_implementation": model.config.get_text_config(decoder=True)._attn_implementation,
-    }
+    arguments, identity = recorded_arguments(args), model_record(args.model, model)
     settings = {"arguments": arguments, "model": identity, "config": config.to_dict(), "weights": _fingerprint(model)}
     partial = PartialRun(args.output, settings)
     try:
@@ -153,6 +160,22 @@ def run_and_record(
     return result
 
 
+def model_record(name: str, model: PreTrainedModel) -> ModelRecord:
+    """What a result says about its model, which must not be patched at the moment."""
+    return {
+        "name": Path(name).name,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "base_implementation": model.config.get_text_config(decoder=True)._attn_implementation,
+    }
+
+
+def recorded_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that a result records as arguments: not those that its other parts hold, nor where files are."""
+    left_out = {"output", "device", "dtype", "model", "alpha", "selector", "min_seq_len", "set"}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
+
+
 def limited(groups: Sequence[Sequence[Any]], limit: int | None) -> list[Any]:
     """All groups one after the other, at most ``limit`` entries of each."""
     return [entry for group in groups for entry in list(group)[:limit]]
@@ -161,8 +184,11 @@ def limited(groups: Sequence[Sequence[Any]], limit: int | None) -> list[Any]:
 def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer from the hub or a folder.
 
+    ``shape:NAME`` gives random weights of one of eval.ttft's published shapes with the bundled tokenizer: its answers mean
+    nothing, but it shows that a harness fits and runs at that size.
+
     Raises:
-        UsageError: There is no such model, or no such device.
+        UsageError: There is no such model, shape or device.
     """
     try:
         target = process_device(device)
@@ -170,6 +196,8 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device}: {first_line(error)}") from None
     chosen = DTYPES[dtype] if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    if name.startswith("shape:"):
+        return _random_model(name.removeprefix("shape:"), target, dtype)
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise UsageError(f"--model {name}: there is no such folder")
     try:
@@ -178,6 +206,15 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
     except (OSError, ValueError) as error:
         raise UsageError(f"--model {name}: {first_line(error)}") from None
     return model.to(target).eval(), tokenizer
+
+
+def _random_model(shape: str, device: torch.device, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Imported here because eval.ttft imports this module.
+    from eval.ttft import SHAPES, random_model
+
+    if shape not in SHAPES:
+        raise UsageError(f"--model shape:{shape}: the shapes are {', '.join(sorted(SHAPES))}")
+    return random_model(shape, str(device), dtype), AutoTokenizer.from_pretrained(BUNDLED_MODEL)
 
 
 def process_device(device: str) -> torch.device:
@@ -268,10 +305,6 @@ def _json_or_text(value: str) -> Any:
         return json.loads(value)
     except ValueError:
         return value
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _fingerprint(model: PreTrainedModel) -> int:

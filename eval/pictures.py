@@ -166,6 +166,7 @@ def draw_selection(rows: list[dict]) -> Figure:
     """Recall and rise of perplexity against density, a line per selector."""
     figure, axes = new_figure(8, 3, 1, 2)
     lengths = sorted({row["length"] for row in rows if "length" in row})
+    densities = [row["density"] for row in rows]
     groups = sorted({(row["selector"], row.get("length")) for row in rows}, key=str)
     for (selector, length), colour in zip(groups, SERIES * len(groups), strict=False):
         chosen = [row for row in rows if (row["selector"], row.get("length")) == (selector, length)]
@@ -175,7 +176,8 @@ def draw_selection(rows: list[dict]) -> Figure:
             points = [(row["density"], row[field]) for row in chosen if row.get(field) is not None]
             axis.plot(*zip(*points, strict=True), "o-", color=colour, lw=1.2, ms=4, label=label)
     for axis, label in zip(axes, ("answers right", "rise of perplexity"), strict=True):
-        _plain_log_axis(axis, "x")
+        if max(densities) > 5 * min(densities):
+            _plain_log_axis(axis, "x")
         axis.set_xlabel("density", fontsize=9)
         axis.set_ylabel(label, fontsize=9)
     axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.1f} %")

@@ -2,7 +2,7 @@
 
     python -m eval.report results/*.json --output results/report.html
 
-Files of eval.needle, recall, perplexity, ruler, selection, ttft and operator_speed; they may be of different runs, and
+Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, ttft and operator_speed, of one run or of many;
 several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a folder beside it.
 """
 
@@ -12,7 +12,9 @@ import base64
 import html
 import io
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval import common, needle, perplexity, pictures, recall, ruler
+from eval import common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler
 from hf_flashprefill import LayerStats, PrefillStats
 from hf_flashprefill.plotting import plot_density
 
@@ -138,6 +140,12 @@ KINDS = {
         lambda record: ruler.summary_table(record["summary"]),
         lambda record: [Picture("ruler", pictures.draw_ruler(record["summary"]), "Rings: unpatched. Dots: patched.")],
     ),
+    "lm_eval": Kind(
+        "lm-evaluation-harness",
+        "Means over samples; changes are paired, ± one standard error.",
+        lambda record: lm_eval_adapter.table(record["rows"], record["summary"][0]["density"]),
+        lambda record: [],
+    ),
     "selection": Kind(
         "Quality against density",
         "Each line is a selector, each point a threshold. Recall: higher is better; perplexity: lower is better.",
@@ -217,8 +225,12 @@ def page(paths: list[Path], output: Path) -> str:
     folder = output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     links, sections = [], []
-    for number, (path, record) in enumerate(records, 1):
-        anchor = f"{number}-{record['harness']}"
+    used: Counter[str] = Counter()
+    for path, record in records:
+        anchor = f"{record['harness']}-{re.sub('[^A-Za-z0-9.]+', '-', path.stem)}"
+        used[anchor] += 1
+        if used[anchor] > 1:
+            anchor += f"-{used[anchor]}"
         alone = sum(other["harness"] == record["harness"] for _, other in records) == 1
         label = KINDS[record["harness"]].title + ("" if alone else f" ({path.stem})")
         links.append(f'<a href="#{anchor}">{html.escape(label)}</a>')

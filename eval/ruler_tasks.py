@@ -4,8 +4,9 @@ A task makes a sample from a random generator and an amount (sentences, words, d
 answer that the published templates put into the model's mouth, and the strings expected in what follows. `fit_amount` finds
 the amount that fills a length.
 
-Departures: keys and listed words come from `ruler_words`; the essays are whatever text is passed in; sentences are split
-at full stops by a regular expression; the fewshot example of variable tracking and common words is made per sample.
+The prompts' wording is RULER's (NVIDIA, Apache-2.0). Departures: keys and listed words come from `ruler_words`; the essays
+are whatever text is passed in; sentences are split at full stops by a regular expression; the solved example of variable
+tracking and common words is made anew for each sample.
 """
 
 from __future__ import annotations

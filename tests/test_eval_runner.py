@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
-from eval import common, recall
+from eval import common, recall, ttft
 from eval.haystack import standard_library_text
 from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
@@ -187,6 +188,18 @@ def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, 
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_random_weights_of_a_shape(small, tmp_path, monkeypatch):
+    settings = {"vocab_size": 5000, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    monkeypatch.setitem(ttft.SHAPES, "small", lambda: LlamaConfig(**settings, num_attention_heads=2, num_key_value_heads=1))
+    path = tmp_path / "recall.json"
+    assert recall.main([*small, "--model", "shape:small", "--limit", "1", "--output", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["model"]["name"] == "shape:small"
+    assert record["summary"][0]["unpatched_nll"] == pytest.approx(math.log(5000), rel=0.05)
+    with pytest.raises(common.UsageError, match="the shapes are llama-3.1-8b"):
+        common.load_model("shape:none", "cpu", None)
 
 
 def test_fields_are_set_by_name():

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +45,13 @@ MADE = {
             for n in (4096, 8192)
         ],
     },
+    "lm_eval": {
+        "rows": [
+            {"task": "t", "metric": "acc", "samples": 4, "unpatched": 0.75, "patched": 0.5, "change": -0.25}
+            | {"change_standard_error": 0.125}
+        ],
+        "summary": [{"tasks": ["t"], "density": 0.5}],
+    },
     "selection": {
         "rows": [
             {"selector": s, "alpha": a, "density": 0.5 - a, "recall": 1 - a, "perplexity_rise": a / 10}
@@ -80,7 +89,7 @@ def test_every_kind_is_there_with_its_numbers(page):
     text = page.read_text()
     for kind in report.KINDS.values():
         assert f">{kind.title}</h2>" in text
-    for number in ("+1.23% ± 0.10%", "+4.56%", "87.5", "62.5", "0.375"):
+    for number in ("+1.23% ± 0.10%", "+4.56%", "87.5", "62.5", "0.375", "-0.2500 ± 0.1250"):
         assert number in text, number
     measured = [json.loads(path.read_text()) for path in MEASURED]
     for record in measured:
@@ -95,7 +104,8 @@ def test_the_page_needs_nothing_else_and_its_pictures_are_not_blank(page):
     assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', text)
     embedded = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", text)]
     files = sorted(page.with_suffix("").iterdir())
-    assert len(embedded) == len(files) == len(MEASURED) + len(MADE) + 1 + 2
+    # The table of lm_eval has no picture; recall has one of densities besides its own, and so has perplexity.
+    assert len(embedded) == len(files) == len(MEASURED) + len(MADE) - 1 + 1 + 2
     assert {file.read_bytes() for file in files} == set(embedded)
     for data in embedded:
         picture = imread(io.BytesIO(data))[..., :3]
@@ -143,3 +153,18 @@ def test_mistakes_end_in_one_line_and_status_2(content, arguments, message, tmp_
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert message in error[0]
+
+
+def test_a_browser_shows_it(page, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium to render the page with")
+    shot = tmp_path / "page.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,2000"]
+    command = [browser, *options, f"--user-data-dir={tmp_path}/profile", f"--screenshot={shot}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    picture = imread(shot)[..., :3]
+    assert picture.shape[:2] == (2000, 1100)
+    # The needle heat map comes first; no part of the page is much inked, and the margins hold nothing.
+    assert 0.01 < (picture.min(-1) < 0.9).mean() < 0.3
+    assert (picture[:, -20:] > 0.99).all()
