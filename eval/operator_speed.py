@@ -1,16 +1,23 @@
 """Time the operator, stage by stage, against torch's dense attention on the same tensors.
 
     python -m eval.operator_speed                                        # CPU: 8 query heads, 2 key-value heads, head dim 64
-    python -m eval.operator_speed --device cuda --heads 32 --kv-heads 8 --head-dim 128 --lengths 16384 65536 131072
+    python -m eval.operator_speed --device cuda --heads 32 --kv-heads 8 --head-dims 128 --lengths 16384 65536 131072
 
-Which blocks are kept is imposed: sink and window blocks, the last query blocks in full, and random blocks up to the
-density asked for, so that every backend does the same work whatever the tensors hold. The selection is timed apart, on the
-same tensors. A correctness gate comes first; if it fails, no time is printed. Every figure is the median of its repeats.
+Which blocks are attended is imposed: sink and window blocks, the last query blocks in full, and random blocks up to the
+density asked for, so that every implementation does the same work whatever the tensors hold. The index (pool and select) is
+computed in full on the same tensors at alpha 1 and its lists are then set aside. ``operator`` is all three stages called one
+after the other, which is what a layer waits for; the stages are also timed alone. A correctness gate comes first; if it
+fails, no time is printed. Every figure is the median of its repeats, in one process.
+
+``--peer NAME=FILE.py`` times another implementation: the file defines ``prepare(query, key, value, index)``, which returns
+a function without arguments that does the work; ``index`` is the imposed BlockIndex.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import statistics
 import sys
@@ -18,18 +25,31 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from eval import common
+from eval.pictures import draw_operator
+from eval.schema import Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
-from hf_flashprefill.functional import resolve_backend
+from hf_flashprefill.config import SELECTORS
+from hf_flashprefill.functional import resolve_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
 # What the FlashPrefill papers report for Llama-3.1-8B and Qwen3-30B-A3B, by length in tokens.
 PUBLISHED_DENSITY = {4096: 0.70, 8192: 0.46, 16384: 0.29, 32768: 0.176, 65536: 0.10, 131072: 0.06, 262144: 0.041}
+SDPA_BACKENDS = {
+    "sdpa": None,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+}
+BASELINES = (*SDPA_BACKENDS, "flex")
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def imposed_index(
@@ -46,8 +66,10 @@ def imposed_index(
     free = (causal.sum() - forced.sum()).item()
     chance = max(0.0, density * causal.sum().item() - forced.sum().item()) / max(free, 1)
     generator = torch.Generator(device).manual_seed(0)
-    chosen = torch.rand(1, heads, count, count, device=device, generator=generator) < chance
-    return BlockIndex.from_mask((chosen & causal) | forced, geometry)
+    # A head at a time: at 256K tokens all heads together would need gigabytes of random numbers.
+    chosen = [torch.rand(count, count, device=device, generator=generator) < chance for _ in range(heads)]
+    mask = torch.stack([(choice & causal) | forced for choice in chosen])
+    return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
 
 
 def median_ms(run: Callable[[], object], device: torch.device, seconds: float) -> dict[str, float]:
@@ -77,135 +99,195 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def dense_baselines(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Torch's dense causal attention by the names of its implementations on this device."""
+def dense_attention(name: str, tensors: Tensors) -> Callable[[], torch.Tensor]:
+    """Torch's dense causal attention by one of its implementations."""
+    backend = SDPA_BACKENDS[name]
 
-    def under(*backends: SDPBackend) -> Callable[[], torch.Tensor]:
-        def run() -> torch.Tensor:
-            with sdpa_kernel(list(backends)):
-                return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    def run() -> torch.Tensor:
+        with sdpa_kernel([backend]) if backend else torch.no_grad():
+            return F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
 
-        return run
-
-    if query.is_cuda and query.dtype != torch.float32:
-        return {
-            "sdpa_cudnn": under(SDPBackend.CUDNN_ATTENTION),
-            "sdpa_flash": under(SDPBackend.FLASH_ATTENTION),
-        }
-    return {"sdpa": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)}
+    return run
 
 
-def passes_gate(backend, dtype: torch.dtype, device: torch.device, args: argparse.Namespace) -> bool:
-    """With every block listed, a small case agrees with float64 attention as closely as torch's own does."""
-    query, key, value = random_tensors(1000, dtype, device, args)
-    geometry = PrefillGeometry(1, 1000, 1000, 0, 128)
-    index = imposed_index(geometry, args.heads, 1.0, device)
-    output = torch.empty_like(query)
-    backend.attend_blocks(query, key, value, index, scale=args.head_dim**-0.5, output=output)
-    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True)
-    eager = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    error, allowed = ((tensor.double() - exact).abs().max().item() for tensor in (output, eager))
-    return error <= 2 * allowed + 1e-6
+def flex_attention_run(tensors: Tensors, index: BlockIndex) -> Callable[[], torch.Tensor]:
+    """Torch's FlexAttention, compiled, over the same lists; only each list's last block gets the causal mask."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    last = (index.counts.long() - 1)[..., None]
+    block_mask = BlockMask.from_kv_blocks(
+        kv_num_blocks=torch.ones_like(index.counts),
+        kv_indices=torch.zeros_like(index.indices).scatter_(-1, torch.zeros_like(last), index.indices.gather(-1, last)),
+        full_kv_num_blocks=index.counts - 1,
+        full_kv_indices=index.indices,
+        BLOCK_SIZE=index.geometry.block_size,
+        mask_mod=lambda batch, head, query, key: query >= key,
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(*tensors, block_mask=block_mask, enable_gqa=True)
 
 
-def random_tensors(
-    length: int, dtype: torch.dtype, device: torch.device, args: argparse.Namespace
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def peer_run(path: str, tensors: Tensors, index: BlockIndex) -> Callable[[], object]:
+    """Another implementation, from a file of the user's."""
+    spec = importlib.util.spec_from_file_location("peer", path)
+    if spec is None or not Path(path).is_file():
+        raise common.UsageError(f"--peer: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.prepare(*tensors, index)
+
+
+def random_tensors(batch: int, length: int, head_dim: int, args: argparse.Namespace) -> Tensors:
     """Query as a projection leaves it (tokens before heads), key and value as a cache does."""
-    query = torch.randn(1, length, args.heads, args.head_dim, device=device).to(dtype).transpose(1, 2)
-    key, value = (torch.randn(1, args.kv_heads, length, args.head_dim, device=device).to(dtype) for _ in range(2))
+    device, dtype = args.device, args.dtype
+    query = torch.randn(batch, length, args.heads, head_dim, device=device).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(batch, args.kv_heads, length, head_dim, device=device).to(dtype) for _ in range(2))
     return query, key, value
 
 
-def measure(length: int, density: float, dtype: torch.dtype, device: torch.device, args: argparse.Namespace) -> dict:
-    """All stages and baselines at one length."""
-    query, key, value = random_tensors(length, dtype, device, args)
-    backend, scale = resolve_backend(args.backend, query), args.head_dim**-0.5
-    geometry = PrefillGeometry(1, length, length, 0, 128)
-    index = imposed_index(geometry, args.heads, density, device, args.dense_tail_blocks)
-    output, means = torch.empty_like(query), backend.block_means(key, geometry)
-    config = FlashPrefillConfig()
-    rule = {name: getattr(config, name) for name in ("alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")}
+def passes_gate(backend: Any, head_dim: int, args: argparse.Namespace) -> bool:
+    """With every block listed, a small case agrees with float64 attention as closely as torch's own does."""
+    tensors = query, key, value = random_tensors(1, 1000, head_dim, args)
+    geometry = PrefillGeometry(1, 1000, 1000, 0, 128)
+    index = imposed_index(geometry, args.heads, 1.0, args.device)
+    output = torch.empty_like(query)
+    backend.attend_blocks(query, key, value, index, scale=head_dim**-0.5, output=output)
+    exact = dense_attention("sdpa", tuple(tensor.double() for tensor in tensors))()
+    error, allowed = ((t.double() - exact).abs().max().item() for t in (output, dense_attention("sdpa", tensors)()))
+    return error <= 2 * allowed + 1e-6
 
-    def select() -> BlockIndex:
-        blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
-        return backend.select_blocks(query, means, geometry, scale=scale, **blocks, **rule)
 
-    stages = {
-        "pool": lambda: backend.block_means(key, geometry),
-        "select": select,
-        "attend": lambda: backend.attend_blocks(query, key, value, index, scale=scale, output=output),
-    }
-    row: dict = {"length": length, "density": index.density()}
-    for name, run in (stages | dense_baselines(query, key, value)).items():
-        row[name] = median_ms(run, device, args.seconds)
-    row["total_ms"] = sum(row[name]["median_ms"] for name in stages)
-    for name in dense_baselines(query, key, value):
-        row[f"speedup_over_{name}"] = row[name]["median_ms"] / row["total_ms"]
+def measure(length: int, density: float, head_dim: int, batch: int, args: argparse.Namespace) -> dict:
+    """All stages and baselines of one shape."""
+    tensors = query, key, value = random_tensors(batch, length, head_dim, args)
+    backend, scale = resolve_backend(args.backend, query), head_dim**-0.5
+    geometry = PrefillGeometry(batch, length, length, 0, 128)
+    index = imposed_index(geometry, args.heads, density, args.device, args.dense_tail_blocks)
+    output = torch.empty_like(query)
+    blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
+
+    def attend() -> None:
+        backend.attend_blocks(query, key, value, index, scale=scale, output=output)
+
+    def timed(run: Callable[[], object]) -> dict[str, float]:
+        return median_ms(run, args.device, args.seconds)
+
+    row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, "attend": timed(attend)}
     # Two products of 2 * block * block * head_dim operations per kept block.
-    row["attend_tflops"] = 4 * 128 * 128 * args.head_dim * int(index.counts.sum()) / row["attend"]["median_ms"] / 1e9
+    row["attend_tflops"] = 4 * 128 * 128 * head_dim * int(index.counts.sum()) / row["attend"]["median_ms"] / 1e9
+    for selector in args.selectors:
+        rule = selection_rule(FlashPrefillConfig(selector=selector, alpha=1.0))
+        pooled = backend.pool_keys(key, geometry, rule["pool_size"])
+
+        def pool(rule: dict = rule) -> torch.Tensor:
+            return backend.pool_keys(key, geometry, rule["pool_size"])
+
+        def select(pooled: torch.Tensor = pooled, rule: dict = rule) -> BlockIndex:
+            return backend.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
+
+        def operator(pool: Callable = pool, select: Callable = select) -> None:
+            select(pool())
+            attend()
+
+        for stage in (pool, select, operator):
+            row[f"{stage.__name__}_{selector}"] = timed(stage)
+        index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
+        row[f"index_share_{selector}"] = index_ms / (index_ms + row["attend"]["median_ms"])
+    runs = {name: dense_attention(name, tensors) for name in args.baselines if name != "flex"}
+    if "flex" in args.baselines:
+        runs["flex"] = flex_attention_run(tensors, index)
+    for peer in args.peer:
+        name, _, path = peer.partition("=")
+        runs[name] = peer_run(path, tensors, index)
+    for name, run in runs.items():
+        row[name] = timed(run)
+        row[f"speedup_over_{name}"] = row[name]["median_ms"] / row[f"operator_{args.selectors[0]}"]["median_ms"]
     return row
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.operator_speed", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens")
+    parser = common.Parser("operator_speed", __doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens (default: %(default)s)")
     parser.add_argument("--densities", type=float, nargs="+", help="one per length; default: as published for the length")
-    parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full at the end (default: 2)")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
+    parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full (default: %(default)s)")
+    parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=["share", "flashprefill"])
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
+    parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=sorted(common.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"])
-    parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on each figure")
+    parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-DATE-DEVICE.json)")
     return parser
 
 
-def main(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
-    densities = args.densities or [PUBLISHED_DENSITY.get(length, 0.1) for length in args.lengths]
-    if len(densities) != len(args.lengths):
-        raise common.UsageError(f"--densities must be one per length, got {len(densities)} for {len(args.lengths)}")
+def check_arguments(args: argparse.Namespace) -> None:
+    args.densities = args.densities or [PUBLISHED_DENSITY.get(length, 0.1) for length in args.lengths]
+    if len(args.densities) != len(args.lengths):
+        raise common.UsageError(f"--densities must be one per length, got {len(args.densities)} for {len(args.lengths)}")
     if args.heads % args.kv_heads:
         raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
-    device = torch.device(args.device)
-    dtype = common.DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    probe = torch.empty(1, args.heads, 1, args.head_dim, dtype=dtype, device=device)
-    backend = resolve_backend(args.backend, probe)
+    for peer in args.peer:
+        if "=" not in peer or not Path(peer.partition("=")[2]).is_file():
+            raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
+    args.device = torch.device(args.device)
+    on_gpu = args.device.type == "cuda"
+    args.dtype = common.DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
+    if args.baselines is None:
+        args.baselines = ["sdpa_cudnn", "sdpa_flash"] if on_gpu and args.dtype != torch.float32 else ["sdpa"]
+
+
+def table(rows: list[dict], selectors: list[str]) -> str:
+    ratios = [name for name in rows[0] if name.startswith("speedup_over_")]
+    header = ["tokens", "density", "head dim", "batch", "attend ms", "TFLOP/s"]
+    header += [f"{what} {selector}" for selector in selectors for what in ("index ms", "operator ms")]
+    header += [f"x {name.removeprefix('speedup_over_')}" for name in ratios]
+    cells = []
+    for row in rows:
+        cell = [str(row["length"]), f"{row['density']:.3f}", str(row["head_dim"]), str(row["batch"])]
+        cell += [f"{row['attend']['median_ms']:.2f}", f"{row['attend_tflops']:.0f}"]
+        for selector in selectors:
+            index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
+            cell += [f"{index_ms:.2f}", f"{row[f'operator_{selector}']['median_ms']:.2f}"]
+        cells.append(cell + [f"{row[name]:.2f}" for name in ratios])
+    return common.format_table(header, cells)
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    check_arguments(args)
+    backend = resolve_backend(args.backend, torch.empty(1, args.heads, 1, 64, dtype=args.dtype, device=args.device))
+    shapes = [
+        (length, density, head_dim, batch)
+        for head_dim, batch in itertools.product(args.head_dims, args.batches)
+        for length, density in zip(args.lengths, args.densities, strict=True)
+    ]
     with torch.no_grad():
-        if not passes_gate(backend, dtype, device, args):
+        if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1
-        rows = [measure(length, density, dtype, device, args) for length, density in zip(args.lengths, densities, strict=True)]
-    record = {
-        "harness": "operator_speed",
-        "environment": common.environment(device),
-        "backend": backend.__name__,
-        "shape": {"heads": args.heads, "kv_heads": args.kv_heads, "head_dim": args.head_dim, "dtype": str(dtype), "batch": 1},
-        "dense_tail_blocks": args.dense_tail_blocks,
-        "rows": rows,
-    }
-    kind = common.environment(device)["device"].lower().replace(" ", "-") if device.type == "cuda" else "cpu"
+        rows = [measure(*shape, args) for shape in tqdm(shapes, desc="operator_speed", unit="shape")]
+    environment = common.environment(args.device)
+    kind = environment["device"].lower().replace(" ", "-") if args.device.type == "cuda" else "cpu"
     path = args.output or Path("benchmarks/results") / f"operator-{date.today()}-{kind}.json"
-    common.write_json(path, record)
-    baselines = [name for name in rows[0] if name.startswith("speedup_over_")]
-    header = ["tokens", "density", "pool ms", "select ms", "attend ms", "TFLOP/s"]
-    header += [f"x {name.removeprefix('speedup_over_')}" for name in baselines]
-    cells = [
-        [
-            str(row["length"]),
-            f"{row['density']:.3f}",
-            *(f"{row[stage]['median_ms']:.2f}" for stage in ("pool", "select", "attend")),
-            f"{row['attend_tflops']:.2f}",
-            *(f"{row[name]:.2f}" for name in baselines),
-        ]
-        for row in rows
-    ]
-    print(common.format_table(header, cells))
+    named = ("lengths", "densities", "head_dims", "batches", "heads", "kv_heads", "dense_tail_blocks", "selectors", "seconds")
+    dtype = str(args.dtype).removeprefix("torch.")
+    model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": backend.__name__}
+    config = FlashPrefillConfig(alpha=1.0).to_dict()
+    arguments = {name: getattr(args, name) for name in named}
+    Result("operator_speed", environment, model, config, arguments, summary=[], rows=rows).write(path)
+    print(table(rows, args.selectors))
+    if len({(row["head_dim"], row["batch"]) for row in rows}) == 1:
+        picture = path.with_suffix(".png")
+        draw_operator(rows).savefig(picture, dpi=130)
+        print(f"wrote {picture}")
     print(f"wrote {path}")
-    print(json.dumps({str(row["length"]): {name: round(row[name], 3) for name in baselines} for row in rows}))
+    ratios = [name for name in rows[0] if name.startswith("speedup_over_")]
+    print(json.dumps([{"length": row["length"]} | {name: round(row[name], 3) for name in ratios} for row in rows]))
     return 0
 
 

@@ -3,27 +3,35 @@
     python -m eval.ttft                                                  # the bundled model
     python -m eval.ttft --shape llama-3.1-8b --lengths 32768 131072 --density published --device cuda
 
+A third state, ``free attention``, replaces attention by nothing at all. What is left is the rest of the prefill, so the time
+of attention is the difference, and unpatched over free is the most that any sparse attention can give: the ceiling.
+
 Random weights attend to everything alike, so a threshold says nothing about them. ``--density`` therefore imposes a density:
-alpha is 1, which keeps one scored block per row besides the forced ones, and the local window is widened until the density
-is the one asked for. The probe runs in full all the same. The first call at a length is reported apart from the others.
+alpha is 1, which keeps next to nothing by score, and the local window is widened until the density is the one asked for.
+The probe runs in full all the same. The first call at a length is reported apart from the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers.masking_utils import AttentionMaskInterface
 
 from eval import common
 from eval.operator_speed import PUBLISHED_DENSITY
+from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
 
 SHAPES = {
@@ -53,6 +61,7 @@ SHAPES = {
         rope_theta=10000000.0,
     ),
 }
+NO_ATTENTION = "no_attention"
 
 
 def random_model(shape: str, device: str, dtype: str | None) -> PreTrainedModel:
@@ -63,6 +72,23 @@ def random_model(shape: str, device: str, dtype: str | None) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=chosen, attn_implementation="sdpa").eval()
 
 
+@contextlib.contextmanager
+def free_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model with attention that costs nothing: each query is its own answer."""
+
+    def nothing(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NO_ATTENTION, nothing)
+    AttentionMaskInterface.register(NO_ATTENTION, lambda *args, **kwargs: None)
+    previous = model.config._attn_implementation
+    model.set_attn_implementation(NO_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(previous)
+
+
 def config_for_density(config: FlashPrefillConfig, length: int, density: float) -> FlashPrefillConfig:
     """Settings that keep about ``density`` of the causally visible blocks whatever the weights are."""
     count = -(-length // config.block_size)
@@ -70,7 +96,7 @@ def config_for_density(config: FlashPrefillConfig, length: int, density: float) 
 
     def kept(window: int) -> int:
         tail = config.dense_tail_blocks
-        rows = (min(tile + 1, window + config.sink_blocks + 1) for tile in range(count - tail))
+        rows = (min(tile + 1, window + config.sink_blocks) for tile in range(count - tail))
         return sum(rows) + sum(range(count - tail + 1, count + 1))
 
     window = next((w for w in range(1, count) if kept(w) >= density * visible), count)
@@ -87,38 +113,47 @@ def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 
 def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, repeats: int) -> dict:
-    """First call and median of the later ones, unpatched and patched in turn."""
+    """First call and median of the later ones: unpatched, patched and with free attention, in turn."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator).to(model.device)
-    unpatched_times, patched_times = [], []
+    times: dict[str, list[float]] = {"unpatched": [], "patched": [], "free_attention": []}
     for _ in range(repeats + 1):
-        unpatched_times.append(first_token_seconds(model, ids))
+        times["unpatched"].append(first_token_seconds(model, ids))
         with patched(model, config=config):
             reset_prefill_stats(model)
-            patched_times.append(first_token_seconds(model, ids))
+            times["patched"].append(first_token_seconds(model, ids))
             stats = prefill_stats(model)
-    row = {"length": length, "density": stats.density, "dense_calls": stats.dense_calls, "config": config.to_dict()}
-    for name, times in (("unpatched", unpatched_times), ("patched", patched_times)):
-        row[name] = {
-            "first_call_s": times[0],
-            "median_s": statistics.median(times[1:]),
-            "min_s": min(times[1:]),
-            "max_s": max(times[1:]),
+        with free_attention(model):
+            times["free_attention"].append(first_token_seconds(model, ids))
+    row: dict = {"length": length, "density": stats.density, "dense_calls": stats.dense_calls, "settings": config.to_dict()}
+    for state, seconds in times.items():
+        row[state] = {
+            "first_call_s": seconds[0],
+            "median_s": statistics.median(seconds[1:]),
+            "min_s": min(seconds[1:]),
+            "max_s": max(seconds[1:]),
         }
+    rest = row["free_attention"]["median_s"]
     row["speedup"] = row["unpatched"]["median_s"] / row["patched"]["median_s"]
+    row["ceiling"] = row["unpatched"]["median_s"] / rest
+    row["attention_s"] = {state: row[state]["median_s"] - rest for state in ("unpatched", "patched")}
     return row
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.ttft", description=__doc__.split("\n\n")[0])
+    parser = common.Parser("ttft", __doc__)
+    defaults = FlashPrefillConfig()
     common.add_model_arguments(parser)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of --model")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens")
-    parser.add_argument("--alpha", type=float, default=FlashPrefillConfig().alpha)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
+    parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
     parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
-    parser.add_argument("--min-seq-len", type=int, default=1, help="shortest prompt that runs sparse (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first")
-    parser.add_argument("--output", type=Path, default=Path("results/ttft.json"), help="JSON file")
+    parser.add_argument(
+        "--min-seq-len", type=int, default=defaults.min_seq_len, help="shortest prompt that runs sparse (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("results/ttft.json"), help="JSON file (default: %(default)s)")
     return parser
 
 
@@ -146,7 +181,7 @@ def main(argv: list[str]) -> int:
         raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
     densities = densities_of(args)
     try:
-        base = FlashPrefillConfig(alpha=args.alpha, min_seq_len=args.min_seq_len)
+        base = FlashPrefillConfig(alpha=args.alpha, selector=args.selector, min_seq_len=args.min_seq_len)
     except ValueError as error:
         raise common.UsageError(str(error)) from None
     if args.shape:
@@ -157,23 +192,22 @@ def main(argv: list[str]) -> int:
     for length, density in tqdm(list(zip(args.lengths, densities, strict=True)), desc="ttft", unit="length"):
         config = base if density is None else config_for_density(base, length, density)
         rows.append(measure(model, length, config, args.repeats))
-    record = {
-        "harness": "ttft",
-        "environment": common.environment(model.device),
-        "model": args.shape or Path(args.model).name,
-        "dtype": str(model.dtype),
+    identity = {
+        "name": args.shape or Path(args.model).name,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "base_implementation": model.config._attn_implementation,
-        "rows": rows,
     }
-    common.write_json(args.output, record)
-    header = ["tokens", "density", "unpatched s", "patched s", "speed-up", "first calls s"]
+    arguments = {name: getattr(args, name) for name in ("lengths", "density", "repeats")}
+    Result("ttft", common.environment(model.device), identity, base.to_dict(), arguments, [], rows).write(args.output)
+    header = ["tokens", "density", "unpatched s", "patched s", "free attention s", "speed-up", "ceiling", "first calls s"]
     cells = [
         [
             str(row["length"]),
             "dense" if row["density"] is None else f"{row['density']:.3f}",
-            f"{row['unpatched']['median_s']:.3f}",
-            f"{row['patched']['median_s']:.3f}",
+            *(f"{row[state]['median_s']:.3f}" for state in ("unpatched", "patched", "free_attention")),
             f"{row['speedup']:.2f}",
+            f"{row['ceiling']:.2f}",
             f"{row['unpatched']['first_call_s']:.2f} / {row['patched']['first_call_s']:.2f}",
         ]
         for row in rows

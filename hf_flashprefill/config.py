@@ -7,9 +7,11 @@ import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
-SELECTORS = ("flashprefill",)
+SELECTORS = ("share", "peak", "flashprefill")
 BACKENDS = ("auto", "triton", "torch", "reference")
 BLOCK_SIZES = (64, 128)
+POOL_SIZES = (4, 8, 16, 32)
+QUERY_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,17 @@ class FlashPrefillConfig:
     """Settings of the sparse prefill. Values are checked on construction.
 
     Attributes:
-        alpha: A key block is kept when its score is at least ``alpha`` times the largest score of its query block and
-            head (arXiv 2603.06199, the max-based threshold). From 0 to 1; 0 keeps every block, which is dense attention
-            up to rounding.
-        selector: The rule that scores key blocks. ``"flashprefill"`` is the published one: block means, energies
-            summed over the block's queries.
+        alpha: The threshold on scores, from 0 to 1; 0 keeps every block, which is dense attention up to rounding. What
+            it is compared with depends on the selector, so equal values of different selectors mean nothing.
+        selector: The rule that scores key blocks for a query block and head.
+            ``"share"``: every ``query_stride``-th query spreads a softmax over all pooled keys it sees; a block's score is
+            the largest share that any of these queries gives any pooled key of the block; kept from ``alpha`` on.
+            ``"peak"``: the same score, kept from ``alpha`` times the query block's largest on.
+            ``"flashprefill"``: the published rule (arXiv 2603.06199): energies of block means, summed over the block's
+            queries, kept from ``alpha`` times the largest on.
+        pool_size: Tokens averaged into one pooled key by ``"share"`` and ``"peak"``: 4, 8, 16 or 32. Half as many cost
+            twice the time and find answers that a coarser pool averages away.
+        query_stride: Of how many queries one probes, for ``"share"`` and ``"peak"``: a power of two up to 64.
         block_size: Tokens in a query block and in a key block, 64 or 128.
         sink_blocks: Blocks at the start of the prompt that are always kept, >= 0.
         window_blocks: Blocks up to and including the query's own that are always kept, >= 1.
@@ -37,8 +45,10 @@ class FlashPrefillConfig:
         TypeError: A value is of the wrong type.
     """
 
-    alpha: float = 0.05
-    selector: str = "flashprefill"
+    alpha: float = 0.005
+    selector: str = "share"
+    pool_size: int = 8
+    query_stride: int = 8
     block_size: int = 128
     sink_blocks: int = 2
     window_blocks: int = 4
@@ -55,7 +65,8 @@ class FlashPrefillConfig:
         object.__setattr__(self, "alpha", float(self.alpha))
         _require_choice("selector", self.selector, SELECTORS)
         _require_choice("backend", self.backend, BACKENDS)
-        _require_choice("block_size", self.block_size, BLOCK_SIZES)
+        for name, choices in (("block_size", BLOCK_SIZES), ("pool_size", POOL_SIZES), ("query_stride", QUERY_STRIDES)):
+            _require_choice(name, getattr(self, name), choices)
         for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0), ("min_seq_len", 0)):
             _require_integer(name, getattr(self, name), least)
         if isinstance(self.dense_layers, (str, bytes)) or not hasattr(self.dense_layers, "__iter__"):

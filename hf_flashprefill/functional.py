@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,12 +75,7 @@ def flash_prefill_attention(
     geometry = _checked_geometry(query, key, value, config.block_size, query_offset, valid_ranges)
     scale = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
     backend = resolve_backend(config.backend, query)
-    rule = {
-        "alpha": config.alpha,
-        "sink_blocks": config.sink_blocks,
-        "window_blocks": config.window_blocks,
-        "dense_tail_blocks": config.dense_tail_blocks,
-    }
+    rule = selection_rule(config)
     parts: list[BlockIndex] = []
 
     def report(index: BlockIndex) -> None:
@@ -99,14 +94,24 @@ def flash_prefill_attention(
             fill = torch.empty if valid_ranges is None else torch.zeros
             batch, heads, query_len, head_dim = query.shape
             output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-            means = backend.block_means(key, geometry)
+            pooled = backend.pool_keys(key, geometry, rule["pool_size"])
             for first, count in _rounds(geometry, heads):
                 index = backend.select_blocks(
-                    query, means, geometry, scale=scale, first_query_block=first, query_blocks=count, **rule
+                    query, pooled, geometry, scale=scale, first_query_block=first, query_blocks=count, **rule
                 )
                 backend.attend_blocks(query, key, value, index, scale=scale, output=output)
                 report(index)
     return PrefillOutput(output, BlockIndex.concatenate(parts)) if return_index else output
+
+
+def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
+    """The settings that decide which blocks are kept, as the arguments of every backend's ``select_blocks``."""
+    names = ("selector", "pool_size", "query_stride", "alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")
+    rule = {name: getattr(config, name) for name in names}
+    if config.selector == "flashprefill":
+        # The published rule pools whole blocks and asks every query.
+        rule |= {"pool_size": config.block_size, "query_stride": 1}
+    return rule
 
 
 def resolve_backend(name: str, query: torch.Tensor) -> ModuleType:

@@ -1,11 +1,11 @@
-"""The specification: each stage of FlashPrefill (arXiv 2603.06199) in plain eager torch.
+"""The specification: each stage of FlashPrefill (arXiv 2603.06199), and of the finer probe, in plain eager torch.
 
 Stages work on one batch row whose padding has been cut away, so position 0 is the row's first token. They are written to
 be read beside the paper, not to be fast. Where the published code and this text differ, on purpose: only real query rows
 are scored, means are summed in float32, a partial last key block is visible to the row at its last real key, and nothing
 is sorted.
 
-Letters: Hq query heads, Hkv key-value heads, R queries, S keys, D head_dim, M query blocks, N key blocks.
+Letters: Hq query heads, Hkv key-value heads, R queries, S keys, D head_dim, M query blocks, N key blocks, P pooled keys.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .block_index import BlockIndex
 from .geometry import PrefillGeometry
 
 
-def block_means(keys: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Mean key of each block: [Hkv, S, D] -> [Hkv, N, D] in the keys' dtype; a partial block divides by its real count."""
+def pooled_keys(keys: torch.Tensor, pool_size: int) -> torch.Tensor:
+    """Mean of every ``pool_size`` keys: [Hkv, S, D] -> [Hkv, P, D] in the keys' dtype; a partial pool divides by its count."""
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    means = [block.to(wide).mean(dim=1) for block in keys.split(block_size, dim=1)]
+    means = [pool.to(wide).mean(dim=1) for pool in keys.split(pool_size, dim=1)]
     return torch.stack(means, dim=1).to(keys.dtype)
 
 
@@ -61,26 +61,70 @@ def block_energies(
     return torch.stack([(rows * math.log(2)).logsumexp(1) / math.log(2) for rows in per_block], dim=1)
 
 
+def block_shares(
+    queries: torch.Tensor,
+    positions: torch.Tensor,
+    pooled: torch.Tensor,
+    key_count: int,
+    block_size: int,
+    pool_size: int,
+    query_stride: int,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """log2 of the largest share that a probing query of query block I gives a pooled key of block J: [Hq, M, N].
+
+    Every run of ``query_stride`` positions probes with its last query. A query sees a pooled key when it sees all of its
+    tokens; its shares are a softmax over the pooled keys it sees. Pairs that no probing query sees are -inf.
+
+    Args:
+        queries: [Hq, R, D].
+        positions: int64 [R], rising by one; query r stands at key ``positions[r]``.
+        pooled: [Hkv, P, D].
+        key_count: Keys S of the row.
+        block_size: Tokens per block.
+        pool_size: Tokens per pooled key.
+        query_stride: Positions per probing query.
+        scale: Multiplies the dot product.
+        dtype: The precision of the computation.
+    """
+    group = queries.shape[0] // pooled.shape[0]
+    run = positions // query_stride
+    is_last = torch.ones_like(run, dtype=torch.bool)
+    is_last[:-1] = run[1:] != run[:-1]
+    queries, positions, first_block = queries[:, is_last], positions[is_last], int(positions[0]) // block_size
+    logits = queries.to(dtype) @ pooled.to(dtype).repeat_interleave(group, 0).transpose(1, 2) * (scale * math.log2(math.e))
+    last_token = torch.arange(1, pooled.shape[1] + 1, device=queries.device) * pool_size - 1
+    logits = logits.masked_fill(positions[:, None] < last_token.clamp(max=key_count - 1), -math.inf)
+    # A query that sees no pooled key yet has no shares to give.
+    sums = (logits * math.log(2)).logsumexp(-1, keepdim=True) / math.log(2)
+    shares = (logits - sums.nan_to_num(neginf=0.0)).masked_fill(sums == -math.inf, -math.inf)
+    per_block = torch.stack([part.amax(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
+    blocks = positions // block_size - first_block
+    return torch.stack([per_block[:, blocks == block].amax(1) for block in range(int(blocks[-1]) + 1)], dim=1)
+
+
 def kept_blocks(
-    energies: torch.Tensor,
+    scores: torch.Tensor,
     first_block: int,
     *,
     alpha: float,
+    is_relative: bool,
     sink_blocks: int,
     window_blocks: int,
     dense_tail_blocks: int,
 ) -> torch.Tensor:
-    """The max-based threshold: log2 energies [Hq, M, N] -> kept blocks, bool [Hq, M, N].
+    """The threshold: log2 scores [Hq, M, N] -> kept blocks, bool [Hq, M, N].
 
-    Block J is kept for query block I (counted from ``first_block``) when its energy is at least ``alpha`` times the
-    row's largest, or J is among the first ``sink_blocks``, or I - J < ``window_blocks``, or I is among the row's last
-    ``dense_tail_blocks``; and J <= I.
+    Block J is kept for query block I (counted from ``first_block``) when its score is at least ``alpha``, or ``alpha``
+    times the row's largest if ``is_relative``; or J is among the first ``sink_blocks``, or I - J < ``window_blocks``, or
+    I is among the row's last ``dense_tail_blocks``; and J <= I.
     """
-    tiles, count = energies.shape[1:]
-    query_block = torch.arange(first_block, first_block + tiles, device=energies.device)[:, None]
-    key_block = torch.arange(count, device=energies.device)[None, :]
+    tiles, count = scores.shape[1:]
+    query_block = torch.arange(first_block, first_block + tiles, device=scores.device)[:, None]
+    key_block = torch.arange(count, device=scores.device)[None, :]
     log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
-    kept = energies >= energies.amax(-1, keepdim=True) + log_alpha
+    kept = scores >= (scores.amax(-1, keepdim=True) if is_relative else 0.0) + log_alpha
     kept = kept | (key_block < sink_blocks) | (query_block - key_block < window_blocks)
     kept = kept | (query_block >= first_block + tiles - dense_tail_blocks)
     return kept & (key_block <= query_block)
@@ -118,6 +162,9 @@ def select_blocks(
     key: torch.Tensor,
     geometry: PrefillGeometry,
     *,
+    selector: str,
+    pool_size: int,
+    query_stride: int,
     scale: float,
     alpha: float,
     sink_blocks: int,
@@ -125,7 +172,7 @@ def select_blocks(
     dense_tail_blocks: int,
     dtype: torch.dtype = torch.float32,
 ) -> BlockIndex:
-    """The published selection for a whole batch: query [B, Hq, Sq, D], key [B, Hkv, Skv, D] -> BlockIndex."""
+    """The selection for a whole batch: query [B, Hq, Sq, D], key [B, Hkv, Skv, D] -> BlockIndex."""
     kept = torch.zeros(
         geometry.batch,
         query.shape[1],
@@ -134,24 +181,22 @@ def select_blocks(
         dtype=torch.bool,
         device=query.device,
     )
+    block_size = geometry.block_size
     for row, span in enumerate(geometry.row_spans()):
         if span.query_end <= span.query_begin:
             continue
         queries, positions = _row_queries(query[row], span, geometry)
         keys = key[row, :, span.start : span.start + span.key_end]
-        energies = block_energies(
-            queries,
-            positions,
-            block_means(keys, geometry.block_size),
-            span.key_end,
-            geometry.block_size,
-            scale,
-            dtype,
-        )
+        pooled = pooled_keys(keys, pool_size)
+        if selector == "flashprefill":
+            scores = block_energies(queries, positions, pooled, span.key_end, block_size, scale, dtype)
+        else:
+            scores = block_shares(queries, positions, pooled, span.key_end, block_size, pool_size, query_stride, scale, dtype)
         row_kept = kept_blocks(
-            energies,
-            span.query_begin // geometry.block_size,
+            scores,
+            span.query_begin // block_size,
             alpha=alpha,
+            is_relative=selector != "share",
             sink_blocks=sink_blocks,
             window_blocks=window_blocks,
             dense_tail_blocks=dense_tail_blocks,

@@ -34,13 +34,13 @@ class _LayerRecord:
 _RECORDS: WeakKeyDictionary[nn.Module, _LayerRecord] = WeakKeyDictionary()
 
 
-def record_dense(module: nn.Module, reason: str) -> None:
-    _record(module).dense_calls[reason] += 1
+def record_dense(module: nn.Module, reason: str, calls: int = 1) -> None:
+    _record(module).dense_calls[reason] += calls
 
 
-def record_sparse(module: nn.Module) -> _LayerRecord:
+def record_sparse(module: nn.Module, calls: int = 1) -> _LayerRecord:
     record = _record(module)
-    record.sparse_calls += 1
+    record.sparse_calls += calls
     return record
 
 
@@ -115,27 +115,33 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
     """
     layers = []
     for module in model.modules():
-        record = _RECORDS.get(module)
-        if record is None:
-            continue
-        heads = []
-        if record.kept is not None:
-            # Every head sees the same blocks.
-            visible = max(int(record.visible), 1)
-            heads = [kept / visible for kept in record.kept.tolist()]
-        layers.append(
-            LayerStats(
-                layer=getattr(module, "layer_idx", len(layers)),
-                sparse_calls=record.sparse_calls,
-                dense_calls=dict(record.dense_calls),
-                density=sum(heads) / len(heads) if heads else None,
-                head_density=heads,
-            )
-        )
+        if module in _RECORDS:
+            layers.append(layer_stats(module, getattr(module, "layer_idx", len(layers))))
     return PrefillStats(layers)
+
+
+def layer_stats(module: nn.Module, number: int, dense_calls: Counter | None = None) -> LayerStats:
+    """What one attention layer has done, as layer ``number``; ``dense_calls`` are further ones, counted elsewhere."""
+    record = _RECORDS.get(module) or _LayerRecord()
+    heads = []
+    if record.kept is not None:
+        # Every head sees the same blocks.
+        visible = max(int(record.visible), 1)
+        heads = [kept / visible for kept in record.kept.tolist()]
+    return LayerStats(
+        layer=number,
+        sparse_calls=record.sparse_calls,
+        dense_calls=dict(record.dense_calls + (dense_calls or Counter())),
+        density=sum(heads) / len(heads) if heads else None,
+        head_density=heads,
+    )
 
 
 def reset_prefill_stats(model: nn.Module) -> None:
     """Forget what the layers of ``model`` have done."""
     for module in model.modules():
-        _RECORDS.pop(module, None)
+        reset_layer(module)
+
+
+def reset_layer(module: nn.Module) -> None:
+    _RECORDS.pop(module, None)

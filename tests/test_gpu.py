@@ -43,19 +43,22 @@ def test_selection_disagrees_only_within_rounding(dtype):
     case = Case(1, 8, 2, 4096, 4096, 128, dtype=dtype)
     query, key, value, _ = case.tensors(torch.device("cuda"))
     for alpha in (0.4, 0.7):
-        config = FlashPrefillConfig(alpha=alpha, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton")
+        config = FlashPrefillConfig(
+            alpha=alpha, selector="flashprefill", sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton"
+        )
         index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
         energies = reference.block_energies(
             query[0],
             torch.arange(4096, device="cuda"),
-            reference.block_means(key[0], 128),
+            reference.pooled_keys(key[0], 128),
             4096,
             128,
             128**-0.5,
             torch.float64,
         )
         margin = energies - energies.amax(-1, keepdim=True) - torch.tensor(alpha).log2()
-        expected = reference.kept_blocks(energies, 0, alpha=alpha, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
+        rule = {"alpha": alpha, "is_relative": True}
+        expected = reference.kept_blocks(energies, 0, **rule, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
         wrong = index.to_mask()[0] != expected
         assert margin[wrong].abs().le(1e-3).all()
         assert 0.02 < expected.float().mean() < 0.5, "the threshold must have had something to decide"
@@ -72,16 +75,18 @@ def test_a_plain_prompt_never_waits_for_the_device():
 
 
 def test_a_new_length_compiles_nothing():
-    from hf_flashprefill.backends.triton.attend import _attend_kernel
-    from hf_flashprefill.backends.triton.pool import _block_means_kernel
-    from hf_flashprefill.backends.triton.select import _select_blocks_kernel
+    from hf_flashprefill.backends.triton.attend_hopper import _attend_hopper_kernel
+    from hf_flashprefill.backends.triton.energies import _select_energies_kernel
+    from hf_flashprefill.backends.triton.pool import _pool_keys_kernel
+    from hf_flashprefill.backends.triton.shares import _select_shares_kernel
 
-    kernels = (_attend_kernel, _block_means_kernel, _select_blocks_kernel)
+    kernels = (_attend_hopper_kernel, _pool_keys_kernel, _select_energies_kernel, _select_shares_kernel)
 
     def run(tokens: int) -> int:
         query = torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         key = torch.randn(1, 2, tokens, 128, device="cuda", dtype=torch.bfloat16)
-        flash_prefill_attention(query, key, key)
+        for selector in ("share", "flashprefill"):
+            flash_prefill_attention(query, key, key, config=FlashPrefillConfig(selector=selector))
         return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
 
     before = run(4096)

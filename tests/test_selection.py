@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, reference
+from hf_flashprefill.functional import selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 from tests.inputs import UGLY_CASES, Case
 
 RULE = {"sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 0}
+PUBLISHED = {"selector": "flashprefill", **RULE}
 
 
 def paper_energies(query: np.ndarray, key: np.ndarray, offset: int, block_size: int, scale: float) -> np.ndarray:
@@ -52,7 +54,7 @@ def test_selection_follows_the_papers_formula(backend, block_size, device):
         query, key, value, _ = case.tensors(device)
         # The interpreter needs seconds a call; its kernel has one threshold for all.
         for alpha in (0.3,) if backend == "triton" and device.type == "cpu" else (0.02, 0.3, 1.0):
-            config = FlashPrefillConfig(alpha=alpha, block_size=block_size, backend=backend, **RULE)
+            config = FlashPrefillConfig(alpha=alpha, block_size=block_size, backend=backend, **PUBLISHED)
             index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
             kept = index.to_mask().cpu().numpy()
             for head in range(case.heads):
@@ -64,19 +66,70 @@ def test_selection_follows_the_papers_formula(backend, block_size, device):
     assert decided > 20, "the thresholds must have had something to decide"
 
 
+PROBES = [
+    {"selector": "flashprefill", "alpha": 0.4, "block_size": 64},
+    {"selector": "flashprefill", "alpha": 0.4, "block_size": 128},
+    {"selector": "share", "alpha": 0.02, "block_size": 128},
+    {"selector": "share", "alpha": 0.03, "block_size": 64, "pool_size": 32, "query_stride": 2},
+    {"selector": "peak", "alpha": 0.4, "block_size": 128, "pool_size": 4, "query_stride": 16},
+    {"selector": "peak", "alpha": 0.3, "block_size": 64, "pool_size": 16, "query_stride": 64},
+]
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: "-".join(map(str, probe.values())))
 @pytest.mark.parametrize("case", UGLY_CASES, ids=str)
-def test_backends_select_what_the_reference_selects(backend, case, device):
+def test_backends_select_what_the_reference_selects(backend, probe, case, device):
     query, key, value, ranges = case.tensors(device)
-    for block_size in (64, 128):
-        index = {}
-        for name in ("reference", backend):
-            config = FlashPrefillConfig(alpha=0.4, block_size=block_size, backend=name, **RULE)
-            index[name] = flash_prefill_attention(
-                query, key, value, config=config, query_offset=case.offset, valid_ranges=ranges, return_index=True
-            ).index
-            index[name].validate()
-        assert torch.equal(index[backend].to_mask(), index["reference"].to_mask())
+    index = {}
+    for name in ("reference", backend):
+        config = FlashPrefillConfig(backend=name, **probe, **RULE)
+        index[name] = flash_prefill_attention(
+            query, key, value, config=config, query_offset=case.offset, valid_ranges=ranges, return_index=True
+        ).index
+        index[name].validate()
+    assert torch.equal(index[backend].to_mask(), index["reference"].to_mask())
+
+
+def float64_shares(query: np.ndarray, key: np.ndarray, offset: int, block_size: int, pool: int, stride: int) -> np.ndarray:
+    """Scores of the finer probe, [M, N] for one head, in float64 loops over queries and pools."""
+    query, key = query.astype(np.float64), key.astype(np.float64)
+    pools = [key[i : i + pool].mean(0) for i in range(0, len(key), pool)]
+    last_token = [min(i + pool, len(key)) - 1 for i in range(0, len(key), pool)]
+    tiles = (offset + len(query) - 1) // block_size - offset // block_size + 1
+    shares = np.zeros((tiles, -(-len(key) // block_size)))
+    for row in range(len(query)):
+        position = offset + row
+        if (position + 1) % stride and row + 1 < len(query):
+            continue
+        seen = [i for i, last in enumerate(last_token) if last <= position]
+        if not seen:
+            continue
+        logits = np.array([query[row] @ pools[i] for i in seen]) * query.shape[1] ** -0.5
+        weights = np.exp(logits - logits.max())
+        for i, share in zip(seen, weights / weights.sum(), strict=True):
+            cell = position // block_size - offset // block_size, i * pool // block_size
+            shares[cell] = max(shares[cell], share)
+    return shares
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("selector", ["share", "peak"])
+def test_shares_follow_their_definition(backend, selector, device):
+    decided = 0
+    for case in (Case(1, 2, 1, 900, 900, 64), Case(1, 3, 1, 301, 1000, 80), Case(1, 1, 1, 129, 640, 64)):
+        query, key, value, _ = case.tensors(device)
+        alpha = {"share": 0.05, "peak": 0.3}[selector]
+        config = FlashPrefillConfig(alpha=alpha, selector=selector, backend=backend, **RULE)
+        index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
+        kept = index.to_mask().cpu().numpy()
+        for head in range(case.heads):
+            shares = float64_shares(query[0, head].cpu().numpy(), key[0, 0].cpu().numpy(), case.offset, 128, 8, 8)
+            relative = shares / shares.max(1, keepdims=True) if selector == "peak" else shares
+            wrong = disagreements(kept[0, head], relative, alpha, case.offset // 128)
+            assert all(distance < 1e-4 for distance in wrong), wrong
+            decided += int((relative < alpha).sum())
+    assert decided > 20, "the thresholds must have had something to decide"
 
 
 def test_real_queries_and_keys_follow_the_papers_formula(recall_states):
@@ -86,7 +139,8 @@ def test_real_queries_and_keys_follow_the_papers_formula(recall_states):
         geometry = PrefillGeometry(1, query.shape[2], key.shape[2], 0, 128)
         scale = query.shape[-1] ** -0.5
         for alpha in (0.02, 0.1):
-            kept = reference.select_blocks(query, key, geometry, scale=scale, alpha=alpha, **RULE).to_mask().numpy()
+            rule = selection_rule(FlashPrefillConfig(alpha=alpha, **PUBLISHED))
+            kept = reference.select_blocks(query, key, geometry, scale=scale, **rule).to_mask().numpy()
             for head in range(query.shape[1]):
                 head_key = key[0, head // (query.shape[1] // key.shape[1])].numpy()
                 energies = paper_energies(query[0, head].numpy(), head_key, 0, 128, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -53,18 +54,22 @@ def blocked_queries(query: torch.Tensor, geometry: PrefillGeometry) -> tuple[tor
     return rows.unflatten(2, shape), positions.masked_fill(~used, -1).unflatten(1, shape)
 
 
-def block_means(key: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
-    """Mean key of each block: [B, Hkv, Skv, D] -> [B, Hkv, N, D] in the keys' dtype, summed in float32."""
-    count = (geometry.spans(key.device).key_end[:, None] - _block_starts(geometry, key.device)).clamp(1, geometry.block_size)
-    total = blocked_keys(key, geometry).sum(3, dtype=torch.float32)
-    return (total / count[:, None, :, None]).to(key.dtype)
+def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
+    """Means of ``pool_size`` keys each: [B, Hkv, Skv, D] -> [B, Hkv, P, D] in the keys' dtype, summed in float32."""
+    pools = blocked_keys(key, geometry).flatten(2, 3).unflatten(2, (-1, pool_size))
+    starts = torch.arange(pools.shape[2], device=key.device) * pool_size
+    count = (geometry.spans(key.device).key_end[:, None] - starts).clamp(1, pool_size)
+    return (pools.sum(3, dtype=torch.float32) / count[:, None, :, None]).to(key.dtype)
 
 
 def select_blocks(
     query: torch.Tensor,
-    means: torch.Tensor,
+    pooled: torch.Tensor,
     geometry: PrefillGeometry,
     *,
+    selector: str,
+    pool_size: int,
+    query_stride: int,
     scale: float,
     alpha: float,
     sink_blocks: int,
@@ -73,21 +78,27 @@ def select_blocks(
     first_query_block: int,
     query_blocks: int,
 ) -> BlockIndex:
-    """Lists for ``query_blocks`` query blocks from ``first_query_block`` on; the rule is reference.kept_blocks."""
+    """Lists for ``query_blocks`` query blocks from ``first_query_block`` on; the rule is reference.select_blocks."""
     device, (batch, heads) = query.device, query.shape[:2]
     chosen = slice(first_query_block, first_query_block + query_blocks)
     rows, positions = blocked_queries(query, geometry)
     rows, positions = rows[:, :, chosen], positions[:, chosen]
+    if query_stride > 1:
+        rows, positions = _probing_queries(rows, positions, query_stride)
     span = geometry.spans(device)
-    last_key = torch.minimum(_block_starts(geometry, device) + geometry.block_size, span.key_end[:, None]) - 1
-    energies = _block_energies(rows, positions, means, last_key, scale)
+    last_key = torch.arange(1, pooled.shape[2] + 1, device=device) * pool_size
+    last_key = torch.minimum(last_key, span.key_end[:, None]) - 1
+    # What begins after the row's end is seen by nobody.
+    last_key = last_key.masked_fill(last_key < torch.arange(pooled.shape[2], device=device) * pool_size, geometry.kv_len)
+    score = _block_energies if selector == "flashprefill" else _block_shares
+    scores = score(rows, positions, pooled, last_key, geometry.key_blocks, scale)
 
     own = span.query_begin[:, None] // geometry.block_size + torch.arange(chosen.start, chosen.stop, device=device)
     tail = torch.div(span.query_end + geometry.block_size - 1, geometry.block_size, rounding_mode="floor")
     query_block = own[:, None, :, None]
     key_block = torch.arange(geometry.key_blocks, device=device)
     log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
-    kept = energies >= energies.amax(-1, keepdim=True) + log_alpha
+    kept = scores >= (0.0 if selector == "share" else scores.amax(-1, keepdim=True)) + log_alpha
     kept |= (key_block < sink_blocks) | (query_block - key_block < window_blocks)
     kept |= query_block >= (tail - dense_tail_blocks)[:, None, None, None]
     visible = geometry.visible_counts(device)[:, chosen]
@@ -95,25 +106,52 @@ def select_blocks(
     return BlockIndex.from_mask(kept.expand(batch, heads, -1, -1), geometry, first_query_block)
 
 
-def _block_starts(geometry: PrefillGeometry, device: torch.device) -> torch.Tensor:
-    return torch.arange(geometry.key_blocks, device=device)[None, :] * geometry.block_size
+def _probing_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last real query of every run of ``query_stride``: [B, Hq, T, block_size, D] -> [B, Hq, T, runs, D], positions."""
+    runs = positions.unflatten(-1, (-1, query_stride))
+    last = runs.argmax(-1, keepdim=True)
+    place = (last.squeeze(-1) + torch.arange(runs.shape[2], device=rows.device) * query_stride)[:, None, :, :, None]
+    return torch.take_along_dim(rows, place, dim=3), runs.gather(-1, last).squeeze(-1)
 
 
 def _block_energies(
-    rows: torch.Tensor, positions: torch.Tensor, means: torch.Tensor, last_key: torch.Tensor, scale: float
+    rows: torch.Tensor, positions: torch.Tensor, means: torch.Tensor, last_key: torch.Tensor, key_blocks: int, scale: float
 ) -> torch.Tensor:
-    """log2 energies [B, Hq, T, N] of blocked queries [B, Hq, T, block_size, D] against means [B, Hkv, N, D]."""
-    batch, heads, tiles, block_size, _ = rows.shape
-    key_heads, key_blocks = means.shape[1:3]
-    means = means.float().transpose(2, 3)
+    """log2 energies [B, Hq, T, N] of blocked queries [B, Hq, T, R, D] against block means [B, Hkv, N, D]."""
+    batch, heads, tiles = rows.shape[:3]
     energies = torch.empty(batch, heads, tiles, key_blocks, dtype=torch.float32, device=rows.device)
-    step = max(1, LOGITS_AT_ONCE // max(1, batch * heads * block_size * key_blocks))
-    for first in range(0, tiles, step):
-        part = slice(first, first + step)
-        grouped = rows[:, :, part].float().mul(scale * math.log2(math.e)).unflatten(1, (key_heads, -1))
-        logits = torch.matmul(grouped.flatten(2, 4), means).view(batch, heads, -1, block_size, key_blocks)
-        seen = positions[:, None, part, :, None] >= last_key[:, None, None, None, :]
-        logits.masked_fill_(~seen, -math.inf)
+    for part, logits in _masked_logits(rows, positions, means, last_key, scale):
         largest = logits.amax(3, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         energies[:, :, part] = logits.sub_(largest).exp2_().sum(3).log2_().add_(largest.squeeze(3))
     return energies
+
+
+def _block_shares(
+    rows: torch.Tensor, positions: torch.Tensor, pooled: torch.Tensor, last_key: torch.Tensor, key_blocks: int, scale: float
+) -> torch.Tensor:
+    """log2 of the largest share per block [B, Hq, T, N] of probing queries [B, Hq, T, R, D] over pooled keys [B, Hkv, P, D]."""
+    batch, heads, tiles = rows.shape[:3]
+    shares = torch.empty(batch, heads, tiles, key_blocks, dtype=torch.float32, device=rows.device)
+    for part, logits in _masked_logits(rows, positions, pooled, last_key, scale):
+        peaks = logits.unflatten(-1, (key_blocks, -1)).amax(-1)
+        largest = peaks.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        sums = logits.sub_(largest).exp2_().sum(-1, keepdim=True)
+        # A query without keys votes for nothing: its sum is 0, and its peaks are -inf already.
+        shares[:, :, part] = (peaks - largest - sums.clamp(min=1e-30).log2_()).amax(3)
+    return shares
+
+
+def _masked_logits(
+    rows: torch.Tensor, positions: torch.Tensor, pooled: torch.Tensor, last_key: torch.Tensor, scale: float
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Base-2 logits [B, Hq, t, R, P] of some query blocks at a time, -inf where a query does not see all of a pool."""
+    batch, heads, tiles, count, _ = rows.shape
+    key_heads, pools = pooled.shape[1:3]
+    pooled = pooled.float().transpose(2, 3)
+    step = max(1, LOGITS_AT_ONCE // max(1, batch * heads * count * pools))
+    for first in range(0, tiles, step):
+        part = slice(first, first + step)
+        grouped = rows[:, :, part].float().mul(scale * math.log2(math.e)).unflatten(1, (key_heads, -1))
+        logits = torch.matmul(grouped.flatten(2, 4), pooled).view(batch, heads, -1, count, pools)
+        seen = positions[:, None, part, :, None] >= last_key[:, None, None, None, :]
+        yield part, logits.masked_fill_(~seen, -math.inf)

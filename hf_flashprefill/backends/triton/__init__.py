@@ -5,14 +5,18 @@ Under ``TRITON_INTERPRET=1`` the portable kernels also run on CPU tensors, slowl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from ...block_index import BlockIndex
+from ...geometry import PrefillGeometry
 from . import attend
-from .pool import _block_means_kernel, block_means
+from .energies import select_energies
+from .pool import _pool_keys_kernel, pool_keys
 from .primitives import compute_capability
-from .select import select_blocks
+from .shares import select_shares
 
 try:
     from . import attend_hopper
@@ -20,14 +24,14 @@ except ImportError:
     # Gluon is experimental in Triton and may move; the portable kernel computes the same.
     attend_hopper = None
 
-__all__ = ["attend_blocks", "block_means", "obstacle", "select_blocks"]
+__all__ = ["attend_blocks", "obstacle", "pool_keys", "select_blocks"]
 
 MAX_HEAD_DIM = 256
 
 
 def obstacle(query: torch.Tensor) -> str | None:
     """Why the kernels cannot take tensors like ``query``, or None."""
-    interpreted = isinstance(_block_means_kernel, InterpretedFunction)
+    interpreted = isinstance(_pool_keys_kernel, InterpretedFunction)
     if query.device.type != "cuda" and not interpreted:
         return f"tensors must be on a CUDA device, got {query.device}"
     if torch.version.hip is not None:
@@ -39,6 +43,23 @@ def obstacle(query: torch.Tensor) -> str | None:
     if query.shape[-1] > MAX_HEAD_DIM or query.shape[-1] % 8:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
     return None
+
+
+def select_blocks(
+    query: torch.Tensor,
+    pooled: torch.Tensor,
+    geometry: PrefillGeometry,
+    *,
+    selector: str,
+    pool_size: int,
+    query_stride: int,
+    **rule: Any,
+) -> BlockIndex:
+    """Lists of kept blocks by the selector's name; ``pooled`` comes from ``pool_keys`` with the same ``pool_size``."""
+    if selector == "flashprefill":
+        return select_energies(query, pooled, geometry, **rule)
+    probe = {"pool_size": pool_size, "query_stride": query_stride, "is_relative": selector == "peak"}
+    return select_shares(query, pooled, geometry, **probe, **rule)
 
 
 def attend_blocks(

@@ -1,4 +1,9 @@
-"""Block means of the keys: one pass over the keys, bound by memory bandwidth."""
+"""Pooled keys: the means of runs of keys, in one pass over the keys that is bound by memory bandwidth.
+
+The probe of ``shares.py`` takes the largest of a block's logits, and it is cheapest where one thread holds them all. The
+accumulator of a 128-column product gives thread t of four the columns 8j + 2t and 8j + 2t + 1, so pooled keys are laid
+out in tiles of 128 such that these columns belong to as few blocks as possible; then no shuffle is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,54 +14,87 @@ import triton.language as tl
 from ...geometry import PrefillGeometry
 from .primitives import launch_context, row_span
 
+# Pooled keys per tile: the columns of one product of the probe.
+TILE = 128
 
-@triton.jit(do_not_specialize=["kv_len"])
-def _block_means_kernel(
+
+@triton.jit
+def tile_column(slot, within, PER_BLOCK: tl.constexpr):
+    """Column, in its tile, of pooled key ``within`` of the tile's block number ``slot``."""
+    return ((slot // 4 * (PER_BLOCK // 2) + within // 2) * 4 + slot % 4) * 2 + within % 2
+
+
+@triton.jit(do_not_specialize=["kv_len", "rows"])
+def _pool_keys_kernel(
     key_ptr,
     ranges_ptr,
-    means_ptr,
+    pooled_ptr,
     kv_len,
+    rows,
     stride_kb: tl.int64,
     stride_kh: tl.int64,
     stride_ks: tl.int64,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    POOL: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_RANGES: tl.constexpr,
 ):
-    """One program: the mean of one key block of one head. Blocks after the row's end become zeros."""
+    """One program: the pooled keys of one key block of one head. After the row's end they are zeros."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    PER_BLOCK: tl.constexpr = BLOCK // POOL
     start, _, _, key_end = row_span(ranges_ptr, batch, 0, 0, kv_len, HAS_RANGES)
     positions = block * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, BLOCK_D)
-    rows = (start + positions).to(tl.int64)
+    key_rows = (start + positions).to(tl.int64)
     keys = tl.load(
-        key_ptr + batch * stride_kb + head * stride_kh + rows[:, None] * stride_ks + channels[None, :],
+        key_ptr + batch * stride_kb + head * stride_kh + key_rows[:, None] * stride_ks + channels[None, :],
         mask=(positions < key_end)[:, None] & (channels < HEAD_DIM)[None, :],
         other=0.0,
     )
-    count = tl.minimum(tl.maximum(key_end - block * BLOCK, 1), BLOCK)
-    mean = tl.sum(keys.to(tl.float32), 0) / count
-    row = (batch * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + block
-    tl.store(means_ptr + row * HEAD_DIM + channels, mean.to(means_ptr.dtype.element_ty), mask=channels < HEAD_DIM)
+    within = tl.arange(0, PER_BLOCK)
+    count = tl.minimum(tl.maximum(key_end - block * BLOCK - within * POOL, 1), POOL)
+    means = tl.sum(keys.to(tl.float32).reshape(PER_BLOCK, POOL, BLOCK_D), 1) / count[:, None]
+    if PER_BLOCK == 1:
+        row = block + within
+    else:
+        BLOCKS_PER_TILE: tl.constexpr = TILE // PER_BLOCK
+        row = block // BLOCKS_PER_TILE * TILE + tile_column(block % BLOCKS_PER_TILE, within, PER_BLOCK)
+    first = (batch * tl.num_programs(1) + head).to(tl.int64) * rows
+    tl.store(
+        pooled_ptr + (first + row)[:, None] * HEAD_DIM + channels[None, :],
+        means.to(pooled_ptr.dtype.element_ty),
+        mask=(channels < HEAD_DIM)[None, :],
+    )
 
 
-def block_means(key: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
-    """Mean key of each block: [B, Hkv, Skv, D] -> [B, Hkv, N, D] in the keys' dtype, summed in float32."""
+def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
+    """Means of ``pool_size`` keys each: [B, Hkv, Skv, D] -> [B, Hkv, P, D] in the keys' dtype, summed in float32.
+
+    With ``pool_size`` of a whole block P is N, in order. Otherwise P fills whole tiles, in the order of ``tile_column``; what
+    belongs to no block is not written.
+    """
     key = key if key.stride(-1) == 1 else key.contiguous()
     batch, heads, kv_len, head_dim = key.shape
-    means = torch.empty(batch, heads, geometry.key_blocks, head_dim, dtype=key.dtype, device=key.device)
+    rows = geometry.key_blocks
+    if pool_size < geometry.block_size:
+        rows = -(-rows * (geometry.block_size // pool_size) // TILE) * TILE
+    pooled = torch.empty(batch, heads, rows, head_dim, dtype=key.dtype, device=key.device)
     with launch_context(key):
-        _block_means_kernel[geometry.key_blocks, heads, batch](
+        _pool_keys_kernel[geometry.key_blocks, heads, batch](
             key,
             geometry.valid_ranges,
-            means,
+            pooled,
             kv_len,
+            rows,
             *key.stride()[:3],
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK=geometry.block_size,
+            POOL=pool_size,
+            TILE=TILE,
             HAS_RANGES=geometry.valid_ranges is not None,
             num_warps=4,
         )
-    return means
+    return pooled

@@ -24,6 +24,16 @@ def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: tl.
     return start, query_begin, query_end, key_end
 
 
+@triton.jit
+def append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptr, count):
+    """Append to a list of ``count`` entries those blocks, up to ``own``, that are kept by score or in any case."""
+    kept = (scores >= threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
+    kept = (kept & (blocks <= own)).to(tl.int32)
+    place = count + tl.cumsum(kept, 0) - 1
+    tl.store(list_ptr + place, blocks, mask=kept != 0)
+    return count + tl.sum(kept, 0)
+
+
 def launch_context(tensor: torch.Tensor):
     """Makes the tensor's GPU current: Triton launches on the current one, wherever the pointers are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -32,7 +32,7 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
     return AttendTiles(block_size, 32 if block_d == 128 else 64, num_warps=8 if block_size == 128 else 4, num_stages=2)
 
 
-class SelectTiles(NamedTuple):
+class EnergyTiles(NamedTuple):
     """Block means per step, the warps and pipeline stages of a program, and whether the copy engine loads the means."""
 
     block_n: int
@@ -41,14 +41,14 @@ class SelectTiles(NamedTuple):
     copy_engine: bool = False
 
 
-def select_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -> SelectTiles:
-    """Tiles of the selection kernel for a padded head_dim ``block_d``."""
+def energy_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -> EnergyTiles:
+    """Tiles of the published rule's kernel for a padded head_dim ``block_d``."""
     if dtype == torch.float32 or block_d > 128:
-        return SelectTiles(32, num_warps=8, num_stages=2)
+        return EnergyTiles(32, num_warps=8, num_stages=2)
     if capability[0] in (9, 10):
-        return SelectTiles(64, num_warps=4, num_stages=3, copy_engine=True)
+        return EnergyTiles(64, num_warps=4, num_stages=3, copy_engine=True)
     # Four warps spill at head_dim 128 without wgmma.
-    return SelectTiles(64, num_warps=8, num_stages=2)
+    return EnergyTiles(64, num_warps=8, num_stages=2)
 
 
 class HopperTiles(NamedTuple):
@@ -64,3 +64,21 @@ def hopper_tiles(head_dim: int) -> HopperTiles:
     if head_dim == 256:
         return HopperTiles(step=64, stages=2, query_stages=1)
     return HopperTiles(step=128, stages=2 if head_dim == 128 else 4, query_stages=2)
+
+
+class ShareTiles(NamedTuple):
+    """Probing queries per program, its warps and pipeline stages, and whether the copy engine loads the pooled keys."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
+    copy_engine: bool = False
+
+
+def share_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -> ShareTiles:
+    """Tiles of the finer probe's kernel for a padded head_dim ``block_d``."""
+    if dtype == torch.float32:
+        return ShareTiles(32, num_warps=8, num_stages=1)
+    if capability[0] in (9, 10):
+        return ShareTiles(128, num_warps=8, num_stages=2 if block_d > 128 else 3, copy_engine=True)
+    return ShareTiles(64, num_warps=8, num_stages=1 if block_d > 128 else 2)

@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
-from .primitives import compute_capability, launch_context, row_span
-from .tuning import select_tiles
+from .primitives import append_kept, compute_capability, launch_context, row_span
+from .tuning import energy_tiles
 
 
 @triton.jit
@@ -36,31 +36,6 @@ def _log_add(first, second):
     return largest + tl.log2(tl.exp2(first - largest) + tl.exp2(second - largest))
 
 
-@triton.jit
-def write_list(
-    scores_ptr,
-    indices_ptr,
-    counts_ptr,
-    threshold,
-    own,
-    sink_blocks,
-    window_blocks,
-    keep_all,
-    BLOCK_LIST: tl.constexpr,
-):
-    """One query block's list: blocks up to its own whose score reaches the threshold, and those kept in any case."""
-    count = 0
-    for first in range(0, own + 1, BLOCK_LIST):
-        blocks = first + tl.arange(0, BLOCK_LIST)
-        scores = tl.load(scores_ptr + blocks, mask=blocks <= own, other=float("-inf"))
-        kept = (scores >= threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
-        kept = (kept & (blocks <= own)).to(tl.int32)
-        place = count + tl.cumsum(kept, 0) - 1
-        tl.store(indices_ptr + place, blocks, mask=kept != 0)
-        count += tl.sum(kept, 0)
-    tl.store(counts_ptr, count)
-
-
 @triton.jit(
     do_not_specialize=[
         "kv_len",
@@ -74,7 +49,7 @@ def write_list(
         "dense_tail_blocks",
     ]
 )
-def _select_blocks_kernel(
+def _select_energies_kernel(
     query_ptr,
     means_ptr,
     means_desc,
@@ -141,7 +116,6 @@ def _select_blocks_kernel(
         means_ptr += mean_row.to(tl.int64) * HEAD_DIM
         # One running maximum per row of the step: reducing to a single number in every step costs two barriers each.
         best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-
         # Every query of the block sees the blocks before its own whole.
         for first in range(0, own, BLOCK_N):
             blocks = first + tl.arange(0, BLOCK_N)
@@ -153,9 +127,10 @@ def _select_blocks_kernel(
                     mask=(blocks < own)[:, None] & in_head[None, :],
                     other=0.0,
                 )
-            energies = _log_energy(tl.dot(means, lower_queries, input_precision="ieee"), is_lower, scale_log2)
-            more = _log_energy(tl.dot(means, upper_queries, input_precision="ieee"), is_upper, scale_log2)
-            energies = _log_add(energies, more)
+            lower_products = tl.dot(means, lower_queries, input_precision="ieee")
+            lower_energies = _log_energy(lower_products, is_lower, scale_log2)
+            upper_products = tl.dot(means, upper_queries, input_precision="ieee")
+            energies = _log_add(lower_energies, _log_energy(upper_products, is_upper, scale_log2))
             best = tl.maximum(best, tl.where(blocks < own, energies, float("-inf")))
             tl.store(energies_ptr + blocks, energies, mask=blocks < own)
 
@@ -173,20 +148,15 @@ def _select_blocks_kernel(
         tl.debug_barrier()
         threshold = tl.maximum(tl.max(best, 0), own_energy) + log2_alpha
         keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
-        write_list(
-            energies_ptr,
-            indices_ptr,
-            counts_ptr + list_row,
-            threshold,
-            own,
-            sink_blocks,
-            window_blocks,
-            keep_all,
-            BLOCK_LIST,
-        )
+        count = 0
+        for first in range(0, own + 1, BLOCK_LIST):
+            blocks = first + tl.arange(0, BLOCK_LIST)
+            scores = tl.load(energies_ptr + blocks, mask=blocks <= own, other=float("-inf"))
+            count = append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, indices_ptr, count)
+        tl.store(counts_ptr + list_row, count)
 
 
-def select_blocks(
+def select_energies(
     query: torch.Tensor,
     means: torch.Tensor,
     geometry: PrefillGeometry,
@@ -199,7 +169,7 @@ def select_blocks(
     first_query_block: int,
     query_blocks: int,
 ) -> BlockIndex:
-    """Lists for ``query_blocks`` query blocks from ``first_query_block`` on; the rule is reference.kept_blocks."""
+    """Lists for ``query_blocks`` query blocks from ``first_query_block`` on; the scores are reference.block_energies."""
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, query_len, head_dim = query.shape
     width = geometry.visible_blocks_bound(first_query_block + query_blocks - 1)
@@ -208,12 +178,12 @@ def select_blocks(
     indices = torch.empty(*shape, width, dtype=torch.int32, device=query.device)
     counts = torch.empty(shape, dtype=torch.int32, device=query.device)
     block_d = triton.next_power_of_2(head_dim)
-    tiles = select_tiles(compute_capability(query), block_d, query.dtype)
+    tiles = energy_tiles(compute_capability(query), block_d, query.dtype)
     described = None
     if tiles.copy_engine and head_dim == block_d:
         described = TensorDescriptor.from_tensor(means.view(-1, head_dim), [tiles.block_n, head_dim])
     with launch_context(query):
-        _select_blocks_kernel[heads, query_blocks, batch](
+        _select_energies_kernel[heads, query_blocks, batch](
             query,
             means,
             described,

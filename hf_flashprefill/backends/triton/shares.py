@@ -1,0 +1,285 @@
+"""The finer probe: shares of pooled keys in the attention of sampled queries, and the lists of blocks with large shares.
+
+A block's score needs every probing query's normaliser, which is known only after the query has seen its last key. So a
+program keeps each query's largest logit per block in scratch, which is small enough to stay mostly in the L2 cache, and
+walks over it once more when the normalisers are there. The products are computed once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...block_index import BlockIndex
+from ...geometry import PrefillGeometry
+from .pool import TILE
+from .primitives import append_kept, compute_capability, launch_context, row_span
+from .tuning import share_tiles
+
+# Float32 scratch for the queries' logits per block, in bytes; query blocks beyond it wait for the next launch.
+PEAK_BYTES = 384 << 20
+
+
+@triton.jit
+def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.constexpr):
+    """One tile's largest product per query and block [rows, blocks/4, 4], and the softmax normaliser, kept per block slot.
+
+    Every reduction here stays inside a thread; the slots are reduced once at the end.
+    """
+    split = products.reshape(products.shape[0], products.shape[1] // PER_BLOCK // 4, PER_BLOCK // 2, 4, 2)
+    peaks = tl.max(tl.max(split, 4), 2)
+    new_max = tl.maximum(running_max, peaks)
+    shifted = split * scale_log2 - (new_max * scale_log2)[:, :, None, :, None]
+    terms = tl.sum(tl.sum(tl.exp2(shifted), 4), 2)
+    running_sum = running_sum * tl.exp2((running_max - new_max) * scale_log2) + terms
+    return peaks, new_max, running_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "kv_len",
+        "query_len",
+        "query_offset",
+        "first_query_block",
+        "tiles",
+        "first_part",
+        "pooled_rows",
+        "width",
+        "sink_blocks",
+        "window_blocks",
+        "dense_tail_blocks",
+    ]
+)
+def _select_shares_kernel(
+    query_ptr,
+    pooled_ptr,
+    pooled_desc,
+    ranges_ptr,
+    peaks_ptr,
+    sums_ptr,
+    indices_ptr,
+    counts_ptr,
+    scale_log2,
+    log2_alpha,
+    kv_len,
+    query_len,
+    query_offset,
+    first_query_block,
+    tiles,
+    first_part,
+    pooled_rows,
+    width,
+    sink_blocks,
+    window_blocks,
+    dense_tail_blocks,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qs: tl.int64,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POOL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_LIST: tl.constexpr,
+    IS_RELATIVE: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr,
+):
+    """One program: the lists of QUERY_BLOCKS query blocks of HEADS heads that share their keys."""
+    SLOTS: tl.constexpr = BLOCK // STRIDE
+    PER_BLOCK: tl.constexpr = BLOCK // POOL
+    TILE_BLOCKS: tl.constexpr = TILE // PER_BLOCK
+    head_set, part, batch = tl.program_id(0), first_part + tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(0) * HEADS
+    first_head, first_tile = head_set * HEADS, part * QUERY_BLOCKS
+    key_head = first_head // GROUP
+    start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    first_own = query_begin // BLOCK + first_query_block + first_tile
+    program = (batch * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + head_set
+    peaks_ptr += program.to(tl.int64) * ROWS * width
+    sums_ptr += program * ROWS
+
+    row = tl.arange(0, ROWS)
+    tile = row // (SLOTS * HEADS)
+    head = first_head + row // SLOTS % HEADS
+    run_begin = (first_own + tile) * BLOCK + row % SLOTS * STRIDE
+    position = tl.minimum(run_begin + STRIDE, query_end) - 1
+    is_probe = (tile < QUERY_BLOCKS) & (first_tile + tile < tiles) & (run_begin < query_end) & (position >= query_begin)
+    channels = tl.arange(0, BLOCK_D)
+    in_head = channels < HEAD_DIM
+    query_rows = (start - query_offset + position).to(tl.int64)
+    queries = tl.load(
+        query_ptr + batch * stride_qb + (head * stride_qh + query_rows * stride_qs)[:, None] + channels[None, :],
+        mask=is_probe[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    pooled_row = (batch * (heads // GROUP) + key_head) * pooled_rows
+    pooled_ptr += pooled_row.to(tl.int64) * HEAD_DIM
+    column = tl.arange(0, TILE)
+    slot = tl.arange(0, TILE_BLOCKS)
+    # A finite start keeps queries that have seen nothing yet free of inf - inf.
+    running_max = tl.full((ROWS, TILE_BLOCKS // 4, 4), -1e30, tl.float32)
+    running_sum = tl.zeros((ROWS, TILE_BLOCKS // 4, 4), tl.float32)
+    last_own = first_own + tl.minimum(QUERY_BLOCKS, tiles - first_tile) - 1
+    last_own = tl.minimum(last_own, tl.cdiv(query_end, BLOCK) - 1)
+
+    # Tiles before the first query block are seen whole by every query.
+    for number in range(first_own // TILE_BLOCKS):
+        if HAS_DESCRIPTORS:
+            pooled = pooled_desc.load([pooled_row + number * TILE, 0])
+        else:
+            pooled = tl.load(
+                pooled_ptr + (number * TILE + column)[:, None].to(tl.int64) * HEAD_DIM + channels[None, :],
+                mask=in_head[None, :],
+                other=0.0,
+            )
+        products = tl.dot(queries, pooled.T, input_precision="ieee")
+        peaks, running_max, running_sum = _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK)
+        target = peaks_ptr + row[:, None] * width + (number * TILE_BLOCKS + slot)[None, :]
+        tl.store(target, peaks.reshape(ROWS, TILE_BLOCKS) * scale_log2)
+
+    tile_slot = column // (4 * PER_BLOCK) * 4 + column // 2 % 4
+    within = column // 8 % (PER_BLOCK // 2) * 2 + column % 2
+    for number in range(first_own // TILE_BLOCKS, last_own // TILE_BLOCKS + 1):
+        first_token = (number * TILE_BLOCKS + tile_slot) * BLOCK + within * POOL
+        is_key = first_token < key_end
+        pooled = tl.load(
+            pooled_ptr + (number * TILE + column)[:, None].to(tl.int64) * HEAD_DIM + channels[None, :],
+            mask=is_key[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        last_token = tl.minimum(first_token + POOL, key_end) - 1
+        is_seen = is_key[None, :] & (last_token[None, :] <= position[:, None])
+        products = tl.dot(queries, pooled.T, input_precision="ieee")
+        products = tl.where(is_seen, products, float("-inf"))
+        peaks, running_max, running_sum = _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK)
+        blocks = number * TILE_BLOCKS + slot
+        target = peaks_ptr + row[:, None] * width + blocks[None, :]
+        tl.store(target, peaks.reshape(ROWS, TILE_BLOCKS) * scale_log2, mask=(blocks < width)[None, :])
+
+    largest = tl.max(tl.max(running_max, 2), 1)
+    total = tl.sum(tl.sum(running_sum * tl.exp2((running_max - largest[:, None, None]) * scale_log2), 2), 1)
+    # A query without keys, or a row that is no query, must give no block a share.
+    is_voting = is_probe & (total > 0)
+    log_sum = largest * scale_log2 + tl.log2(tl.where(is_voting, total, 1.0))
+    tl.store(sums_ptr + row, tl.where(is_voting, log_sum, float("inf")))
+
+    # Other threads of this program wrote what is read next.
+    tl.debug_barrier()
+    member = tl.arange(0, SLOTS)
+    for turn in range(QUERY_BLOCKS * HEADS):
+        own = first_own + turn // HEADS
+        own_tile = first_tile + turn // HEADS
+        if own_tile < tiles:
+            list_row = (batch * heads + first_head + turn % HEADS).to(tl.int64) * tiles + own_tile
+            count = own * 0
+            if (own * BLOCK < query_end) & (query_end > query_begin):
+                log_sums = tl.load(sums_ptr + turn * SLOTS + member)
+                peak_rows = peaks_ptr + (turn * SLOTS + member)[:, None] * width
+                threshold = log2_alpha
+                if IS_RELATIVE:
+                    best = tl.full((BLOCK_LIST,), float("-inf"), tl.float32)
+                    for first in range(0, own + 1, BLOCK_LIST):
+                        blocks = first + tl.arange(0, BLOCK_LIST)
+                        peaks = tl.load(peak_rows + blocks[None, :], mask=(blocks <= own)[None, :], other=float("-inf"))
+                        best = tl.maximum(best, tl.max(peaks - log_sums[:, None], 0))
+                    threshold = tl.max(best, 0) + log2_alpha
+                list_ptr = indices_ptr + list_row * width
+                keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
+                for first in range(0, own + 1, BLOCK_LIST):
+                    blocks = first + tl.arange(0, BLOCK_LIST)
+                    peaks = tl.load(peak_rows + blocks[None, :], mask=(blocks <= own)[None, :], other=float("-inf"))
+                    scores = tl.max(peaks - log_sums[:, None], 0)
+                    count = append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptr, count)
+            tl.store(counts_ptr + list_row, count)
+
+
+def select_shares(
+    query: torch.Tensor,
+    pooled: torch.Tensor,
+    geometry: PrefillGeometry,
+    *,
+    is_relative: bool,
+    pool_size: int,
+    query_stride: int,
+    scale: float,
+    alpha: float,
+    sink_blocks: int,
+    window_blocks: int,
+    dense_tail_blocks: int,
+    first_query_block: int,
+    query_blocks: int,
+) -> BlockIndex:
+    """Lists for ``query_blocks`` query blocks from ``first_query_block`` on; scores are reference.block_shares."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    batch, heads, query_len, head_dim = query.shape
+    group, slots = heads // pooled.shape[1], geometry.block_size // query_stride
+    block_d = triton.next_power_of_2(head_dim)
+    tiles = share_tiles(compute_capability(query), block_d, query.dtype)
+    head_set = max(count for count in range(1, group + 1) if group % count == 0 and (count == 1 or count * slots <= tiles.rows))
+    parts_of = max(1, tiles.rows // (head_set * slots))
+    rows = max(16, triton.next_power_of_2(head_set * slots * parts_of))
+
+    width = geometry.visible_blocks_bound(first_query_block + query_blocks - 1)
+    shape = (batch, heads, query_blocks)
+    indices = torch.empty(*shape, width, dtype=torch.int32, device=query.device)
+    counts = torch.empty(shape, dtype=torch.int32, device=query.device)
+    parts, across = -(-query_blocks // parts_of), heads // head_set * batch
+    step = min(parts, max(1, PEAK_BYTES // (4 * across * rows * width)))
+    peaks = torch.empty(step * across * rows * width, dtype=torch.float32, device=query.device)
+    sums = torch.empty(step * across * rows, dtype=torch.float32, device=query.device)
+    described = None
+    if tiles.copy_engine and head_dim == block_d:
+        described = TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim])
+    with launch_context(query):
+        for first_part in range(0, parts, step):
+            _select_shares_kernel[heads // head_set, min(step, parts - first_part), batch](
+                query,
+                pooled,
+                described,
+                geometry.valid_ranges,
+                peaks,
+                sums,
+                indices,
+                counts,
+                scale * math.log2(math.e),
+                math.log2(alpha) if alpha > 0 else -math.inf,
+                geometry.kv_len,
+                query_len,
+                geometry.query_offset,
+                first_query_block,
+                query_blocks,
+                first_part,
+                pooled.shape[2],
+                width,
+                sink_blocks,
+                window_blocks,
+                dense_tail_blocks,
+                *query.stride()[:3],
+                GROUP=group,
+                HEADS=head_set,
+                QUERY_BLOCKS=parts_of,
+                ROWS=rows,
+                HEAD_DIM=head_dim,
+                BLOCK_D=block_d,
+                BLOCK=geometry.block_size,
+                POOL=pool_size,
+                STRIDE=query_stride,
+                TILE=TILE,
+                BLOCK_LIST=128,
+                IS_RELATIVE=is_relative,
+                HAS_RANGES=geometry.valid_ranges is not None,
+                HAS_DESCRIPTORS=described is not None,
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )
+    return BlockIndex(indices, counts, geometry, first_query_block)
