@@ -64,6 +64,30 @@ def test_selection_disagrees_only_within_rounding(dtype):
         assert 0.02 < expected.float().mean() < 0.5, "the threshold must have had something to decide"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("selector", "alpha"), [("share", 0.03), ("peak", 0.5)])
+@pytest.mark.parametrize("probe", [(8, 8), (4, 16), (32, 1)], ids=str)
+def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
+    pool_size, query_stride = probe
+    case = Case(1, 8, 2, 4000, 4096, 128, dtype=dtype)
+    query, key, value, _ = case.tensors(torch.device("cuda"))
+    forced = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+    config = FlashPrefillConfig(
+        alpha=alpha, selector=selector, pool_size=pool_size, query_stride=query_stride, backend="triton", **forced
+    )
+    index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
+    index.validate()
+    pooled = reference.pooled_keys(key[0], pool_size)
+    positions = torch.arange(96, 4096, device="cuda")
+    scores = reference.block_shares(query[0], positions, pooled, 4096, 128, pool_size, query_stride, 128**-0.5, torch.float64)
+    is_relative = selector == "peak"
+    expected = reference.kept_blocks(scores, 0, alpha=alpha, is_relative=is_relative, **forced)
+    margin = scores - (scores.amax(-1, keepdim=True) if is_relative else 0.0) - torch.tensor(alpha).log2()
+    wrong = index.to_mask()[0] != expected
+    assert margin[wrong].abs().le(1e-3).all()
+    assert 0.02 < expected.float().mean() < 0.6, "the threshold must have had something to decide"
+
+
 def test_a_plain_prompt_never_waits_for_the_device():
     query, key, value, _ = Case(1, 8, 2, 2048, 4096, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
     flash_prefill_attention(query, key, value)

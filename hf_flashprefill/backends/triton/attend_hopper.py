@@ -157,6 +157,7 @@ def _compute(
     place,
     work,
     scale_log2,
+    DIRECT_STORE: gl.constexpr,
     HAS_RANGES: gl.constexpr,
 ):
     """One of the two computing warpgroups: its 64 queries of the query block, head after head.
@@ -180,7 +181,8 @@ def _compute(
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, result_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, logits_layout)
-    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    line_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    store_layout: gl.constexpr = result_layout if DIRECT_STORE else line_layout
 
     zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
     no_max = gl.full([ROWS], -1e30, gl.float32, row_layout)
@@ -252,13 +254,13 @@ def _compute(
 
 
 @gluon.jit
-def _compute_upper(buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES: gl.constexpr):
-    _compute(0, buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)
+def _compute_upper(buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT: gl.constexpr, RANGES: gl.constexpr):
+    _compute(0, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES)
 
 
 @gluon.jit
-def _compute_lower(buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES: gl.constexpr):
-    _compute(1, buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)
+def _compute_lower(buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT: gl.constexpr, RANGES: gl.constexpr):
+    _compute(1, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES)
 
 
 @gluon.jit
@@ -336,6 +338,7 @@ def _attend_hopper_kernel(
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
     QUERY_STAGES: gl.constexpr,
+    DIRECT_STORE: gl.constexpr,
     HAS_RANGES: gl.constexpr,
 ):
     """One program: one query block of ``head_count`` neighbouring heads against their lists."""
@@ -381,8 +384,8 @@ def _attend_hopper_kernel(
     descriptors = (query_desc, key_desc, value_desc)
     gl.warp_specialize(
         [
-            (_compute_upper, (buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)),
-            (_compute_lower, (buffers, barriers, pointers, strides, place, work, scale_log2, HAS_RANGES)),
+            (_compute_upper, (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES)),
+            (_compute_lower, (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES)),
             (_load, (buffers, barriers, descriptors, pointers, place, work, batch, start, first_head, GROUP)),
         ],
         [4, 1],
@@ -418,7 +421,7 @@ def attend_blocks(
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
-    head_count = next(count for count in (4, 2, 1) if heads % count == 0)
+    head_count = tiles.heads_per_program if heads % tiles.heads_per_program == 0 else 1
     with launch_context(query):
         _attend_hopper_kernel[index.query_blocks * heads // head_count * batch,](
             _descriptor(query, ROWS.value),
@@ -443,6 +446,7 @@ def attend_blocks(
             STEP=tiles.step,
             STAGES=tiles.stages,
             QUERY_STAGES=tiles.query_stages,
+            DIRECT_STORE=tiles.direct_store,
             HAS_RANGES=geometry.valid_ranges is not None,
             num_warps=4,
         )

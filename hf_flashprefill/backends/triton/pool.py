@@ -45,17 +45,21 @@ def _pool_keys_kernel(
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     PER_BLOCK: tl.constexpr = BLOCK // POOL
     start, _, _, key_end = row_span(ranges_ptr, batch, 0, 0, kv_len, HAS_RANGES)
-    positions = block * BLOCK + tl.arange(0, BLOCK)
     channels = tl.arange(0, BLOCK_D)
-    key_rows = (start + positions).to(tl.int64)
-    keys = tl.load(
-        key_ptr + batch * stride_kb + head * stride_kh + key_rows[:, None] * stride_ks + channels[None, :],
-        mask=(positions < key_end)[:, None] & (channels < HEAD_DIM)[None, :],
-        other=0.0,
-    )
     within = tl.arange(0, PER_BLOCK)
-    count = tl.minimum(tl.maximum(key_end - block * BLOCK - within * POOL, 1), POOL)
-    means = tl.sum(keys.to(tl.float32).reshape(PER_BLOCK, POOL, BLOCK_D), 1) / count[:, None]
+    first_position = block * BLOCK + within * POOL
+    key_ptr += batch * stride_kb + head * stride_kh
+    total = tl.zeros((PER_BLOCK, BLOCK_D), tl.float32)
+    # One key of every pool at a time: sums within a thread, where a reduced axis would go through shared memory.
+    for i in range(POOL):
+        positions = first_position + i
+        total += tl.load(
+            key_ptr + (start + positions).to(tl.int64)[:, None] * stride_ks + channels[None, :],
+            mask=(positions < key_end)[:, None] & (channels < HEAD_DIM)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    count = tl.minimum(tl.maximum(key_end - first_position, 1), POOL)
+    means = total / count[:, None]
     if PER_BLOCK == 1:
         row = block + within
     else:
