@@ -1,7 +1,7 @@
 """Tasks of the lm-evaluation-harness, unpatched against patched, in one process on the same samples.
 
     pip install lm_eval
-    python -m eval.lm_eval_adapter --model meta-llama/Llama-3.1-8B-Instruct --tasks longbench_hotpotqa --limit 50 --alpha 0.1
+    python -m eval.lm_eval_adapter --model meta-llama/Llama-3.1-8B-Instruct --tasks longbench_hotpotqa --limit 50
     python -m eval.lm_eval_adapter --tasks my_task --include-path folder_with_yaml        # a task of your own
 
 The harness needs no changes: its `HFLM` takes a model object, and a patched model is a model. In a script of your own,

@@ -209,13 +209,18 @@ def draw_ttft(rows: list[dict]) -> Figure:
 
 def draw_operator(rows: list[dict]) -> Figure:
     """Speed-up of the operator over each dense baseline against length."""
-    rows = sorted(rows, key=lambda row: row["length"])
-    lengths = [row["length"] for row in rows]
+    lengths = sorted({row["length"] for row in rows})
     figure, axis = new_figure(5, 2.8)
     names = [name for name in rows[0] if name.startswith("speedup_over_")]
-    for name, colour in zip(names, SERIES, strict=False):
+    shapes = list(dict.fromkeys((row.get("head_dim"), row.get("batch")) for row in rows))
+    lines = [(name, shape) for name in names for shape in shapes]
+    for (name, shape), colour in zip(lines, SERIES * len(lines), strict=False):
+        chosen = sorted((r for r in rows if (r.get("head_dim"), r.get("batch")) == shape), key=lambda row: row["length"])
         label = f"over {name.removeprefix('speedup_over_').replace('_', ' ')}"
-        axis.plot(lengths, [row.get(name) for row in rows], "o-", color=colour, lw=1.2, ms=4, label=label)
+        if len(shapes) > 1:
+            label += f", head dim {shape[0]}, batch {shape[1]}"
+        values = [row.get(name) for row in chosen]
+        axis.plot([row["length"] for row in chosen], values, "o-", color=colour, lw=1.2, ms=4, label=label)
     axis.axhline(1, color=GREY, lw=0.8)
     axis.set_ylabel("speed-up", fontsize=9)
     axis.legend(fontsize=8, frameon=False)

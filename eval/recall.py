@@ -1,7 +1,7 @@
 """Recall of many planted facts, asked all over a long prompt, and the perplexity of the text around them.
 
     python -m eval.recall                                                # the bundled model, minutes on two CPU cores
-    python -m eval.recall --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 65536 --alpha 0.1
+    python -m eval.recall --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 65536
 
 A prompt is ordinary text with made-up facts ("The secret code of Dalomi is 481923.") and, later, the same sentences again.
 The second time, the sentence up to the code is a question. The answer is teacher-forced: it counts as right if every token

@@ -99,11 +99,11 @@ def ttft_table(record: dict) -> str:
 def operator_table(record: dict) -> str:
     first = record["rows"][0]
     columns = {"tokens": lambda row: row["length"], "density": lambda row: row["density"]}
-    for stage in ("pool", "select", "attend"):
-        if stage in first:
-            columns[f"{stage} ms"] = lambda row, stage=stage: row[stage]["median_ms"]
-    for name in first:
-        if name.startswith("speedup_over_"):
+    columns |= {n.replace("_", " "): (lambda row, n=n: row.get(n)) for n in ("head_dim", "batch") if n in first}
+    for name, value in first.items():
+        if isinstance(value, dict) and "median_ms" in value:
+            columns[f"{name.replace('_', ' ')} ms"] = lambda row, name=name: (row.get(name) or {}).get("median_ms")
+        elif name.startswith("speedup_over_"):
             columns[f"x {name.removeprefix('speedup_over_')}"] = lambda row, name=name: row.get(name)
     return rows_table(record, columns)
 

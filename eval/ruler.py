@@ -1,8 +1,8 @@
 """RULER: thirteen long-context tasks at any length, unpatched against patched.
 
-    python -m eval.ruler --limit 1 --lengths 2048                        # proves the path; the bundled model reads no English
+    python -m eval.ruler --limit 1                                       # proves the path; the bundled model reads no English
     python -m eval.ruler --model meta-llama/Llama-3.1-8B-Instruct --lengths 4096 8192 16384 32768 65536 131072 \\
-        --qa-1 rajpurkar/squad_v2 --qa-2 hotpotqa/hotpot_qa:distractor --dataset essays.txt
+        --samples 100 --qa-1 rajpurkar/squad_v2 --qa-2 hotpotqa/hotpot_qa:distractor --dataset essays.txt
 
 Samples are generated here (`ruler_tasks.py` names the departures from the published generator) and scored as published:
 the share of the expected strings that the answer holds, for question answering whether it holds any. A tokenizer with a
@@ -228,10 +228,12 @@ def published_table() -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = common.Parser("ruler", __doc__)
-    common.add_run_arguments(parser, "ruler", lengths=[4096])
+    common.add_run_arguments(parser, "ruler", lengths=[2048])
     add_text_arguments(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all whose source is given")
-    parser.add_argument("--samples", type=int, default=25, help="per task and length (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=5, help="per task and length (default: %(default)s; papers use 25 to 500)"
+    )
     parser.add_argument("--qa-1", help="`datasets` name[:subset] or local file, such as rajpurkar/squad_v2")
     parser.add_argument("--qa-2", help="`datasets` name[:subset] or local file, such as hotpotqa/hotpot_qa:distractor")
     parser.add_argument("--qa-split", default="validation", help="of both (default: %(default)s)")

@@ -50,6 +50,8 @@ def test_runs(name, monkeypatch):
         assert text.count("'481923'") == 3
         assert "dense because: " in text
     if name.startswith("03"):
-        densities = [float(value) for value in re.findall(r"density (\d\.\d+)", text)]
-        assert densities == sorted(densities, reverse=True)
+        for selector in ("flashprefill", "share"):
+            densities = [float(value) for value in re.findall(rf"{selector} +alpha \S+ +density (\d\.\d+)", text)]
+            assert len(densities) >= 2
+            assert densities == sorted(densities, reverse=True)
         assert re.search(r"alpha 0 +density 1\.00 +recall +\+0\.0 points .* perplexity [+-]0\.00%", text)

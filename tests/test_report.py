@@ -127,6 +127,10 @@ def test_lines_hold_the_values_of_the_rows():
     # In the order of density, so that a line does not run back.
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.25, 0.75], [0.375, 0.875]]
     assert figure.axes[1].lines[1].get_xydata().tolist() == [[0.25, 0.025], [0.375, 0.0125]]
+    rows = [{"length": n, "head_dim": d, "batch": 1, "speedup_over_sdpa": n / d} for d in (64, 128) for n in (2048, 1024)]
+    figure = pictures.draw_operator(rows)
+    # A line per shape, from short to long; the last line is the one at 1.
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[16, 32], [8, 16], [1, 1]]
     figure = pictures.draw_ttft(MADE["ttft"]["rows"])
     assert [line.get_label() for line in figure.axes[0].lines] == ["unpatched", "patched", "free attention"]
     assert [line.get_ydata().tolist() for line in figure.axes[1].lines] == [[1, 1], [2, 2], [4, 4]]
