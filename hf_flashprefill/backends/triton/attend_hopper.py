@@ -26,6 +26,9 @@ from ...block_index import BlockIndex
 from .primitives import copy_engine_takes, launch_context
 from .tuning import hopper_tiles
 
+# Triton renamed the copy; 3.6 knows the one name only, 3.9 the other.
+copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(64)
 # Query blocks at the end of the prompt are usually attended in full. They start first, or the last to start would run alone.
@@ -286,7 +289,7 @@ def _load(buffers, barriers, descriptors, pointers, place, work, batch, start, f
             mbarrier.wait(query_empty.index(buffer), ((turn // QUERY_STAGES) & 1) ^ 1)
             mbarrier.expect(query_full.index(buffer), query_desc.block_type.nbytes)
             coordinates = [batch, head, first_row + warpgroup * ROWS, 0]
-            tma.async_copy_global_to_shared(query_desc, coordinates, query_full.index(buffer), query_tiles.index(buffer))
+            copy_to_shared(query_desc, coordinates, query_full.index(buffer), query_tiles.index(buffer))
         for step in range(steps):
             # The list ends with the block's own number, which is computed first.
             block = gl.load(listed + step // PARTS - 1, mask=step >= PARTS, other=own)
@@ -295,10 +298,10 @@ def _load(buffers, barriers, descriptors, pointers, place, work, batch, start, f
             phase = (((done + step) // STAGES) & 1) ^ 1
             mbarrier.wait(key_empty.index(stage), phase)
             mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(key_desc, coordinates, key_full.index(stage), key_tiles.index(stage))
+            copy_to_shared(key_desc, coordinates, key_full.index(stage), key_tiles.index(stage))
             mbarrier.wait(value_empty.index(stage), phase)
             mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
+            copy_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
         done += steps
 
 
