@@ -25,7 +25,6 @@ logger = logging.get_logger(__name__)
 
 # Keyword arguments that change the attention itself. Any that is not None keeps the call dense.
 FOREIGN_ARGUMENTS = {
-    "sliding_window": "sliding window",
     "s_aux": "attention sinks",
     "softcap": "softcap",
     "position_bias": "position bias",
@@ -106,6 +105,9 @@ def dense_reason(
     for name, reason in FOREIGN_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason
+    key_len = attention_mask.shape[1] if isinstance(attention_mask, PlainCausalMask) else key.shape[2]
+    if (kwargs.get("sliding_window") or key_len) < key_len:
+        return "sliding window"
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "not causal"

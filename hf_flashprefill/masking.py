@@ -7,10 +7,17 @@ pass None everywhere, and padding, chunks and static caches would be silently wr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    chunked_overlay,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 
 class PlainCausalMask(torch.Tensor):
@@ -39,8 +46,7 @@ def prefill_mask(base: str, min_seq_len: int, **arguments: Any) -> Any:
         query_length > 1
         and query_length >= min_seq_len
         and not torch.compiler.is_compiling()
-        and arguments.get("mask_function", causal_mask_function) is causal_mask_function
-        and arguments.get("local_size") is None
+        and query_length <= _causal_up_to(arguments)
         and not _is_nonzero(arguments.get("kv_offset", 0))
     )
     mask = _plain_mask(arguments, query_length, int(query_offset)) if plain else None
@@ -93,9 +99,28 @@ def _is_nonzero(value: Any) -> bool:
     return bool(value != 0)
 
 
+def _causal_up_to(arguments: dict[str, Any]) -> float:
+    """The length up to which the asked for mask is plain causal: a window or chunk size, infinity, or 0 for any other mask."""
+    function, local_size = arguments.get("mask_function", causal_mask_function), arguments.get("local_size")
+    if function is causal_mask_function:
+        return math.inf if local_size is None else local_size
+    # A window or chunks over causal, and nothing more; packed sequences and image blocks wrap this in functions of their own.
+    if local_size is None or getattr(function, "__code__", None) is not _WINDOWED.__code__:
+        return 0
+    parts = function.__closure__[0].cell_contents
+    overlay_is_local = len(parts) == 2 and getattr(parts[0], "__code__", None) in _OVERLAYS
+    return local_size if overlay_is_local and parts[1] is causal_mask_function else 0
+
+
+_WINDOWED = sliding_window_causal_mask_function(1)
+_OVERLAYS = (sliding_window_overlay(1).__code__, chunked_overlay(1, torch.zeros(1, dtype=torch.int64)).__code__)
+
+
 def _plain_mask(arguments: dict[str, Any], query_length: int, query_offset: int) -> PlainCausalMask | None:
-    """The marker for a plain causal call; None if the padding is not one run of tokens per row."""
+    """The marker for a plain causal call; None if a window cuts it or the padding is not one run of tokens per row."""
     valid_length = query_offset + query_length
+    if valid_length > _causal_up_to(arguments):
+        return None
     padding = arguments.get("attention_mask")
     device = arguments.get("device")
     if device is None:
