@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .attention import PrefillSettings, prefill_attention
 from .config import FlashPrefillConfig
 from .masking import prefill_mask
-from .stats import reset_prefill_stats
+from .stats import LayerRecord, attach_record, detach_record, reset_prefill_stats
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -220,6 +220,18 @@ class _SeamPart:
             self.model.set_attn_implementation(previous if self.key is None else {self.key: previous})
             culprit = type(stuck[0]).__name__ if stuck else type(self.model).__name__
             raise UnsupportedModelError(f"{culprit} did not take the attention implementation")
+        settings = _SETTINGS.get(name)
+        for module in self.attention_modules():
+            if settings is None:
+                detach_record(module)
+            else:
+                attach_record(module, (_revived_record, (name, settings.config, settings.base)))
+
+
+def _revived_record(name: str, config: FlashPrefillConfig, base: str) -> LayerRecord:
+    """Unpickling a layer of a patched model: register in this process what the model's config names."""
+    _register(PrefillSettings(config, base), name)
+    return LayerRecord((_revived_record, (name, config, base)))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -11,17 +12,43 @@ from torch import nn
 
 from .block_index import BlockIndex
 
+# Where a patched model's attention layers keep their record. An attribute, and not a table by module, because a compiled
+# graph finds its way from the module it is in to a tensor only along attributes.
+ATTRIBUTE = "_block_sparse_prefill"
+
 
 @dataclass
-class _LayerRecord:
+class LayerRecord:
+    """What one attention layer did. A deep copy or an unpickled one starts empty.
+
+    ``revive`` is a function and its arguments that unpickling calls for the new record; None for a plain one.
+    """
+
+    revive: tuple[Callable[..., LayerRecord], tuple] | None = None
     sparse_calls: int = 0
-    dense_calls: Counter = field(default_factory=Counter)
+    dense_calls: dict[str, int] = field(default_factory=dict)
     kept: torch.Tensor | None = None
     visible: int | torch.Tensor = 0
+    # What compiled graphs count, which can add to tensors but not to Python's numbers.
+    compiled_sparse_calls: torch.Tensor | None = None
+    compiled_dense_calls: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> LayerRecord:
+        return LayerRecord(self.revive)
+
+    def __reduce__(self) -> tuple:
+        return self.revive or (LayerRecord, ())
+
+    @property
+    def was_called(self) -> bool:
+        counts = (self.sparse_calls, self.dense_calls, self.compiled_sparse_calls is not None, self.compiled_dense_calls)
+        return any(counts)
 
     def add_index(self, index: BlockIndex) -> None:
-        kept = index.counts.sum((0, 2), dtype=torch.int64)
-        visible = index.visible_total()
+        self.add_blocks(index.counts.sum((0, 2), dtype=torch.int64), index.visible_total())
+
+    def add_blocks(self, kept: torch.Tensor, visible: int | torch.Tensor) -> None:
+        """Kept blocks per head, int64 [Hq], and visible blocks of one head."""
         # A layer that moved to another device starts from what it had there.
         self.kept = kept if self.kept is None else self.kept.to(kept.device) + kept
         if isinstance(self.visible, torch.Tensor):
@@ -29,23 +56,59 @@ class _LayerRecord:
         self.visible = self.visible + visible
 
 
-# Keyed by the attention module itself: a deep copy is another module and starts empty, and a deleted model takes its
-# records with it.
-_RECORDS: WeakKeyDictionary[nn.Module, _LayerRecord] = WeakKeyDictionary()
+# Records of layers that are no longer patched, so that they can still be read.
+_PAST: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
 
 
-def record_dense(module: nn.Module, reason: str) -> None:
-    _record(module).dense_calls[reason] += 1
+def attach_record(module: nn.Module, revive: tuple[Callable[..., LayerRecord], tuple] | None) -> None:
+    """Give a layer that is being patched its record: the one it has or had, else an empty one."""
+    record = module.__dict__.get(ATTRIBUTE) or _PAST.pop(module, None) or LayerRecord()
+    record.revive = revive
+    setattr(module, ATTRIBUTE, record)
 
 
-def record_sparse(module: nn.Module) -> _LayerRecord:
+def detach_record(module: nn.Module) -> None:
+    """Take the record off a layer that is no longer patched; ``prefill_stats`` still finds it."""
+    record = module.__dict__.pop(ATTRIBUTE, None)
+    if record is not None:
+        _PAST[module] = record
+
+
+def record_dense(module: nn.Module, reason: str, device: torch.device) -> None:
+    """Count a dense call. One token at a time is not counted while compiling: it would cost every decode step a write."""
+    if not torch.compiler.is_compiling():
+        calls = _record(module).dense_calls
+        calls[reason] = calls.get(reason, 0) + 1
+    elif reason != "decode":
+        counts = _record(module).compiled_dense_calls
+        if reason not in counts:
+            counts[reason] = torch.zeros((), dtype=torch.int64, device=device)
+        counts[reason].add_(1)
+
+
+def record_sparse(module: nn.Module) -> LayerRecord:
+    """Count a sparse call and return where its blocks are to be added."""
     record = _record(module)
     record.sparse_calls += 1
     return record
 
 
-def _record(module: nn.Module) -> _LayerRecord:
-    return _RECORDS.setdefault(module, _LayerRecord())
+def record_compiled_sparse(module: nn.Module, kept: torch.Tensor, visible: torch.Tensor) -> None:
+    """Count a sparse call of a compiled graph: kept blocks per head, int64 [Hq], and visible blocks of one head, int64 []."""
+    record = _record(module)
+    if record.compiled_sparse_calls is None:
+        record.compiled_sparse_calls = torch.zeros((), dtype=torch.int64, device=kept.device)
+    record.compiled_sparse_calls.add_(1)
+    record.add_blocks(kept, visible)
+
+
+def _record(module: nn.Module) -> LayerRecord:
+    # A model that was loaded under a registered name, without patch_model, gets its records here.
+    record = getattr(module, ATTRIBUTE, None)
+    if record is None:
+        record = LayerRecord()
+        setattr(module, ATTRIBUTE, record)
+    return record
 
 
 @dataclass(frozen=True)
@@ -115,19 +178,20 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
     """
     layers = []
     for module in model.modules():
-        record = _RECORDS.get(module)
-        if record is None:
+        record = module.__dict__.get(ATTRIBUTE) or _PAST.get(module)
+        if record is None or not record.was_called:
             continue
         heads = []
         if record.kept is not None:
             # Every head sees the same blocks.
             visible = max(int(record.visible), 1)
             heads = [kept / visible for kept in record.kept.tolist()]
+        compiled = Counter({reason: int(count) for reason, count in record.compiled_dense_calls.items()})
         layers.append(
             LayerStats(
                 layer=getattr(module, "layer_idx", len(layers)),
-                sparse_calls=record.sparse_calls,
-                dense_calls=dict(record.dense_calls),
+                sparse_calls=record.sparse_calls + int(record.compiled_sparse_calls or 0),
+                dense_calls=dict(Counter(record.dense_calls) + compiled),
                 density=sum(heads) / len(heads) if heads else None,
                 head_density=heads,
             )
@@ -138,4 +202,7 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
 def reset_prefill_stats(model: nn.Module) -> None:
     """Forget what the layers of ``model`` have done."""
     for module in model.modules():
-        _RECORDS.pop(module, None)
+        _PAST.pop(module, None)
+        record = module.__dict__.get(ATTRIBUTE)
+        if record is not None:
+            setattr(module, ATTRIBUTE, LayerRecord(record.revive))

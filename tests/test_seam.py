@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+import hf_flashprefill.attention as seam
 from hf_flashprefill import patch_model, patched, prefill_stats, unpatch_model
 from hf_flashprefill.support.matrix import SETTINGS
-from hf_flashprefill.support.situations import LENGTH, SITUATIONS, padding, prompt
+from hf_flashprefill.support.situations import LENGTH, PADDED, SITUATIONS, padding, prompt
 from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
 
@@ -26,6 +27,24 @@ def test_sparse_settings_change_the_answer_and_say_so():
     assert all(len(layer.head_density) == 4 for layer in stats.layers)
     assert "sparse" in str(stats)
     assert stats.to_dict()["sparse_calls"] == 2
+
+
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, False), (2, True)])
+@torch.no_grad()
+def test_only_padding_makes_valid_ranges(batch, padded, monkeypatch):
+    """Without them nothing waits for the device, so an unpadded prompt must never have any."""
+    operator, seen = seam.flash_prefill_attention, []
+
+    def spy(*args, valid_ranges, **kwargs):
+        seen.append(None if valid_ranges is None else valid_ranges.tolist())
+        return operator(*args, valid_ranges=valid_ranges, **kwargs)
+
+    monkeypatch.setattr(seam, "flash_prefill_attention", spy)
+    model = patch_model(tiny_model(), alpha=0, **SETTINGS)
+    mask = padding("left") if padded else torch.ones(batch, LENGTH, dtype=torch.long)
+    model(prompt(batch), attention_mask=mask)
+    model(prompt(batch), attention_mask=mask[:, -1:].expand(-1, LENGTH))
+    assert seen == 2 * [[[0, LENGTH], [PADDED, LENGTH]] if padded else None] + 2 * [None]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ LENGTH = 160
 PADDED = 61
 
 # Where something costs seconds or an installation, a few families stand for all.
-COMPILED_FAMILIES = ("llama", "qwen3", "mistral", "gemma3", "phi3")
+COMPILED_FAMILIES = ("llama", "mistral", "gemma3", "phi3")
 QUANTIZED_FAMILIES = ("llama", "qwen3", "gemma3")
 
 Outcome = tuple[torch.Tensor, ...]
@@ -279,12 +279,26 @@ def forgotten_no_grad(model):
 
 @_situation("torch.compile of the forward", compiled=True, families=COMPILED_FAMILIES)
 def compiled(model):
-    return (torch.compile(model, backend="eager")(prompt(), use_cache=False).logits,)
+    return (torch.compile(model, backend="eager")(prompt()).logits,)
+
+
+@_situation("torch.compile, left-padded batch", compiled=True, families=COMPILED_FAMILIES)
+def compiled_padded(model):
+    return _logits(torch.compile(model, backend="eager"), padding("left"))
+
+
+def _compiled_static(model: PreTrainedModel, **options) -> Outcome:
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    # Otherwise transformers compiles on GPUs only.
+    config._compile_all_devices = True
+    return _generated(model, prompt(2), padding("left"), cache_implementation="static", compile_config=config, **options)
 
 
 @_situation("generate with a compiled static cache", compiled=True, families=COMPILED_FAMILIES)
 def generate_compiled_static(model):
-    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
-    # Otherwise transformers compiles on GPUs only.
-    config._compile_all_devices = True
-    return _generated(model, prompt(2), padding("left"), cache_implementation="static", compile_config=config)
+    return _compiled_static(model)
+
+
+@_situation("generate with a compiled static cache in chunks", compiled=True, families=("llama",))
+def generate_compiled_static_in_chunks(model):
+    return _compiled_static(model, prefill_chunk_size=60)
