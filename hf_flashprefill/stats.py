@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -63,8 +63,7 @@ _PAST: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
 def attach_record(module: nn.Module, revive: tuple[Callable[..., LayerRecord], tuple] | None) -> None:
     """Give a layer that is being patched its record: the one it has or had, else an empty one."""
     record = module.__dict__.get(ATTRIBUTE) or _PAST.pop(module, None) or LayerRecord()
-    record.revive = revive
-    setattr(module, ATTRIBUTE, record)
+    setattr(module, ATTRIBUTE, replace(record, revive=revive))
 
 
 def detach_record(module: nn.Module) -> None:
@@ -72,6 +71,23 @@ def detach_record(module: nn.Module) -> None:
     record = module.__dict__.pop(ATTRIBUTE, None)
     if record is not None:
         _PAST[module] = record
+
+
+Records = list[tuple[nn.Module, "LayerRecord | None", "LayerRecord | None"]]
+
+
+def saved_records(model: nn.Module) -> Records:
+    """What ``restore_records`` needs to undo later changes of the records of ``model``."""
+    return [(module, module.__dict__.get(ATTRIBUTE), _PAST.get(module)) for module in model.modules()]
+
+
+def restore_records(saved: Records) -> None:
+    """Put the records back as they were."""
+    for module, attached, past in saved:
+        for home, key, record in ((module.__dict__, ATTRIBUTE, attached), (_PAST, module, past)):
+            home.pop(key, None)
+            if record is not None:
+                home[key] = record
 
 
 def record_dense(module: nn.Module, reason: str, device: torch.device) -> None:
