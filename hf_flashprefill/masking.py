@@ -32,6 +32,11 @@ class PlainCausalMask(torch.Tensor):
     def without_padding(cls, batch: int, valid_length: int, device: torch.device | str) -> PlainCausalMask:
         return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, valid_length).as_subclass(cls)
 
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As ``Tensor.to``; a copy of an expanded tensor is filled in, so what says that nothing is padding is put back."""
+        moved = super().to(*args, **kwargs)
+        return moved[:, :1].expand(self.shape) if self.stride(1) == 0 and moved.stride(1) != 0 else moved
+
     def valid_ranges(self) -> torch.Tensor | None:
         """int32 [B, 2] as flash_prefill_attention takes them, or None when nothing is padding. Never waits."""
         padding = self.padding()
