@@ -36,7 +36,7 @@ def column(family: str, base: str) -> Column:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("family", "base"), columns())
+@pytest.mark.parametrize(("family", "base"), list(columns()))
 def test_patched_equals_unpatched(family, base):
     cells = column(family, base)
     assert {name: cell.wrong for name, cell in cells.items() if cell.wrong is not None} == {}
@@ -83,7 +83,7 @@ def test_a_wrong_answer_is_found(monkeypatch):
 def test_an_uncounted_call_is_found(monkeypatch):
     import hf_flashprefill.attention as seam
 
-    monkeypatch.setattr(seam, "record_dense", lambda module, reason: None)
+    monkeypatch.setattr(seam, "record_dense", lambda *_: None)
     assert "counted {}" in check(tiny_model(), SITUATIONS["user_mask"]).wrong
 
 

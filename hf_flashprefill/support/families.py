@@ -8,7 +8,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-VOCABULARY = 199
+# Even, so that two processes can split it.
+VOCABULARY = 200
 WINDOW = 64
 
 _COMMON = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..patch import _SeamPart, patched
+from ..patch import UnsupportedModelError, _SeamPart, patched
 from ..stats import PrefillStats, prefill_stats
 from .families import FAMILIES, tiny_model
 from .situations import SITUATIONS, Outcome, Situation
@@ -31,7 +31,7 @@ class Cell:
         sparse_layers: Attention layers with a sparse call.
         layers: Attention layers called.
         reasons: Reasons of dense calls, without decode and short calls.
-        not_run: Why the unpatched model cannot run it; None if it can.
+        not_run: Why the unpatched model cannot run it, or why it cannot be patched; None if neither.
         wrong: What differs from the unpatched model at alpha=0, or was not counted; None if nothing.
     """
 
@@ -90,6 +90,8 @@ def check(model: PreTrainedModel, situation: Situation) -> Cell:
             with patched(model, alpha=0, **SETTINGS), _counted_calls(model) as calls:
                 actual = _run(model, situation)
                 stats = prefill_stats(model)
+        except UnsupportedModelError as error:
+            return Cell(not_run=f"`patch_model` refuses: {_one_line(error)}")
         except Exception as error:
             return Cell(wrong=f"raises {_one_line(error)}")
         wrong = _difference(actual, expected)
