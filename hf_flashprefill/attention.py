@@ -8,7 +8,7 @@ to ``functional.flash_prefill_attention``; the result goes back as [B, Sq, Hq, D
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,15 +17,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .config import FlashPrefillConfig
+from .custom_op import config_to_json, sparse_prefill
 from .functional import DTYPES, flash_prefill_attention
 from .masking import PlainCausalMask, base_mask_for
-from .stats import record_dense, record_sparse
+from .stats import record_compiled_sparse, record_dense, record_sparse
 
 logger = logging.get_logger(__name__)
 
 # Keyword arguments that change the attention itself. Any that is not None keeps the call dense.
 FOREIGN_ARGUMENTS = {
-    "sliding_window": "sliding window",
     "s_aux": "attention sinks",
     "softcap": "softcap",
     "position_bias": "position bias",
@@ -35,6 +35,9 @@ FOREIGN_ARGUMENTS = {
     "cache": "continuous batching",
 }
 
+# A graph cannot look into a mask or at a static cache's length to see that the call is plain causal.
+COMPILED_MASK = "mask unknown while compiling"
+
 
 @dataclass(frozen=True)
 class PrefillSettings:
@@ -42,6 +45,10 @@ class PrefillSettings:
 
     config: FlashPrefillConfig
     base: str
+    config_json: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config_json", config_to_json(self.config))
 
 
 def prefill_attention(
@@ -62,25 +69,31 @@ def prefill_attention(
         # A static cache hands over its whole buffer; the mask knows how much of it is filled.
         key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
     if reason is not None:
-        if not torch.compiler.is_compiling():
-            record_dense(module, reason)
-        if reason == "gradients needed" and not module.training:
+        record_dense(module, reason, query.device)
+        if reason == "gradients needed" and not (module.training or torch.compiler.is_compiling()):
             logger.warning_once(
                 "Prefill stays dense because gradients are enabled; wrap the call in torch.no_grad() for sparse prefill."
             )
         return dense_attention(
             settings.base, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    output = flash_prefill_attention(
-        query,
-        key,
-        value,
-        config=settings.config,
-        scale=scaling,
-        valid_ranges=attention_mask.valid_ranges(),
-        on_index=record_sparse(module).add_index,
-    )
-    return output.transpose(1, 2).contiguous(), None
+    sparse = _compiled_sparse_attention if torch.compiler.is_compiling() else _sparse_attention
+    return sparse(settings, module, query, key, value, attention_mask.valid_ranges(), scaling), None
+
+
+# After a graph break dynamo would compile this alone, though it was called because nothing is being compiled.
+@torch.compiler.disable
+def _sparse_attention(settings, module, query, key, value, valid_ranges, scaling) -> torch.Tensor:
+    on_index = record_sparse(module).add_index
+    options = {"config": settings.config, "scale": scaling, "valid_ranges": valid_ranges, "on_index": on_index}
+    return flash_prefill_attention(query, key, value, **options).transpose(1, 2).contiguous()
+
+
+def _compiled_sparse_attention(settings, module, query, key, value, valid_ranges, scaling) -> torch.Tensor:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output, kept, visible = sparse_prefill(query, key, value, valid_ranges, settings.config_json, scale)
+    record_compiled_sparse(module, kept, visible)
+    return output
 
 
 def dense_reason(
@@ -99,13 +112,14 @@ def dense_reason(
         return "decode"
     if query_len < config.min_seq_len:
         return "shorter than min_seq_len"
-    if torch.compiler.is_compiling():
-        return "compiling"
     if getattr(module, "layer_idx", None) in config.dense_layers:
         return "dense layer"
     for name, reason in FOREIGN_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason
+    key_len = attention_mask.shape[1] if isinstance(attention_mask, PlainCausalMask) else key.shape[2]
+    if (kwargs.get("sliding_window") or key_len) < key_len:
+        return "sliding window"
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "not causal"
@@ -116,7 +130,7 @@ def dense_reason(
     if kwargs.get("output_attentions"):
         return "output_attentions"
     if not isinstance(attention_mask, PlainCausalMask):
-        return "mask is not plain causal"
+        return COMPILED_MASK if torch.compiler.is_compiling() else "mask is not plain causal"
     if attention_mask.shape[1] > key.shape[2]:
         return "mask is longer than the keys"
     if value.shape != key.shape or key.shape[-1] != query.shape[-1]:

@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .attention import PrefillSettings, prefill_attention
 from .config import FlashPrefillConfig
 from .masking import prefill_mask
-from .stats import reset_prefill_stats
+from .stats import LayerRecord, attach_record, detach_record, reset_prefill_stats, restore_records, saved_records
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -67,8 +67,9 @@ def patch_model(
     if layers is not None and any(layer >= layers for layer in settings_config.dense_layers):
         raise ValueError(f"dense_layers must lie from 0 to {layers - 1}, got {settings_config.dense_layers}")
     name = _register(PrefillSettings(settings_config, part.base))
-    part.set_implementation(name)
-    reset_prefill_stats(model)
+    with part.undone_on_error():
+        part.set_implementation(name)
+        reset_prefill_stats(model)
     return model
 
 
@@ -76,7 +77,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     """Give ``model`` back the attention implementation it had, in place; a model that is not patched stays as it is."""
     part = _SeamPart.of(model)
     if part.implementation in _SETTINGS:
-        part.set_implementation(part.base)
+        with part.undone_on_error():
+            part.set_implementation(part.base)
     return model
 
 
@@ -98,11 +100,12 @@ def patched(
     """``patch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception."""
     part = _SeamPart.of(model)
     previous = part.implementation
-    patch_model(model, alpha, config=config, **overrides)
     try:
+        patch_model(model, alpha, config=config, **overrides)
         yield model
     finally:
-        part.set_implementation(previous)
+        if part.implementation != previous:
+            part.set_implementation(previous)
 
 
 @contextlib.contextmanager
@@ -110,11 +113,12 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
     """``unpatch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception."""
     part = _SeamPart.of(model)
     previous = part.implementation
-    unpatch_model(model)
     try:
+        unpatch_model(model)
         yield model
     finally:
-        part.set_implementation(previous)
+        if part.implementation != previous:
+            part.set_implementation(previous)
 
 
 def register_attention(config: FlashPrefillConfig | None = None, *, base: str = "sdpa") -> str:
@@ -210,16 +214,45 @@ class _SeamPart:
         if getattr(self.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name}: encoder-decoder models have no causal prefill")
 
-    def set_implementation(self, name: str) -> None:
-        """Set the implementation, or leave everything as it was and raise UnsupportedModelError."""
-        previous = self.implementation
+    @contextlib.contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Leave the implementation and the records as they were if anything is raised inside, Ctrl-C too."""
+        previous, records = self.implementation, saved_records(self.model)
+        try:
+            yield
+        except BaseException:
+            if self.implementation != previous:
+                self._switch(previous)
+            restore_records(records)
+            raise
+
+    def _switch(self, name: str) -> None:
         self.model.set_attn_implementation(name if self.key is None else {self.key: name})
+
+    def set_implementation(self, name: str) -> None:
+        """Set the implementation and attach or detach the layers' records.
+
+        Raises:
+            UnsupportedModelError: A layer did not take it.
+        """
+        self._switch(name)
         # transformers only warns about classes it cannot switch.
         stuck = [module for module in self.attention_modules() if module.config._attn_implementation != name]
         if self.implementation != name or stuck:
-            self.model.set_attn_implementation(previous if self.key is None else {self.key: previous})
             culprit = type(stuck[0]).__name__ if stuck else type(self.model).__name__
             raise UnsupportedModelError(f"{culprit} did not take the attention implementation")
+        settings = _SETTINGS.get(name)
+        for module in self.attention_modules():
+            if settings is None:
+                detach_record(module)
+            else:
+                attach_record(module, (_revived_record, (name, settings.config, settings.base)))
+
+
+def _revived_record(name: str, config: FlashPrefillConfig, base: str) -> LayerRecord:
+    """Unpickling a layer of a patched model: register in this process what the model's config names."""
+    _register(PrefillSettings(config, base), name)
+    return LayerRecord((_revived_record, (name, config, base)))
 
 
 @functools.cache

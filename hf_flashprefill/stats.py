@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,17 +12,43 @@ from torch import nn
 
 from .block_index import BlockIndex
 
+# Where a patched model's attention layers keep their record. An attribute, and not a table by module, because a compiled
+# graph finds its way from the module it is in to a tensor only along attributes.
+ATTRIBUTE = "_block_sparse_prefill"
+
 
 @dataclass
-class _LayerRecord:
+class LayerRecord:
+    """What one attention layer did. A deep copy or an unpickled one starts empty.
+
+    ``revive`` is a function and its arguments that unpickling calls for the new record; None for a plain one.
+    """
+
+    revive: tuple[Callable[..., LayerRecord], tuple] | None = None
     sparse_calls: int = 0
-    dense_calls: Counter = field(default_factory=Counter)
+    dense_calls: dict[str, int] = field(default_factory=dict)
     kept: torch.Tensor | None = None
     visible: int | torch.Tensor = 0
+    # What compiled graphs count, which can add to tensors but not to Python's numbers.
+    compiled_sparse_calls: torch.Tensor | None = None
+    compiled_dense_calls: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> LayerRecord:
+        return LayerRecord(self.revive)
+
+    def __reduce__(self) -> tuple:
+        return self.revive or (LayerRecord, ())
+
+    @property
+    def was_called(self) -> bool:
+        counts = (self.sparse_calls, self.dense_calls, self.compiled_sparse_calls is not None, self.compiled_dense_calls)
+        return any(counts)
 
     def add_index(self, index: BlockIndex) -> None:
-        kept = index.counts.sum((0, 2), dtype=torch.int64)
-        visible = index.visible_total()
+        self.add_blocks(index.counts.sum((0, 2), dtype=torch.int64), index.visible_total())
+
+    def add_blocks(self, kept: torch.Tensor, visible: int | torch.Tensor) -> None:
+        """Kept blocks per head, int64 [Hq], and visible blocks of one head."""
         # A layer that moved to another device starts from what it had there.
         self.kept = kept if self.kept is None else self.kept.to(kept.device) + kept
         if isinstance(self.visible, torch.Tensor):
@@ -29,23 +56,75 @@ class _LayerRecord:
         self.visible = self.visible + visible
 
 
-# Keyed by the attention module itself: a deep copy is another module and starts empty, and a deleted model takes its
-# records with it.
-_RECORDS: WeakKeyDictionary[nn.Module, _LayerRecord] = WeakKeyDictionary()
+# Records of layers that are no longer patched, so that they can still be read.
+_PAST: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
 
 
-def record_dense(module: nn.Module, reason: str, calls: int = 1) -> None:
-    _record(module).dense_calls[reason] += calls
+def attach_record(module: nn.Module, revive: tuple[Callable[..., LayerRecord], tuple] | None) -> None:
+    """Give a layer that is being patched its record: the one it has or had, else an empty one."""
+    record = module.__dict__.get(ATTRIBUTE) or _PAST.pop(module, None) or LayerRecord()
+    setattr(module, ATTRIBUTE, replace(record, revive=revive))
 
 
-def record_sparse(module: nn.Module, calls: int = 1) -> _LayerRecord:
+def detach_record(module: nn.Module) -> None:
+    """Take the record off a layer that is no longer patched; ``prefill_stats`` still finds it."""
+    record = module.__dict__.pop(ATTRIBUTE, None)
+    if record is not None:
+        _PAST[module] = record
+
+
+Records = list[tuple[nn.Module, "LayerRecord | None", "LayerRecord | None"]]
+
+
+def saved_records(model: nn.Module) -> Records:
+    """What ``restore_records`` needs to undo later changes of the records of ``model``."""
+    return [(module, module.__dict__.get(ATTRIBUTE), _PAST.get(module)) for module in model.modules()]
+
+
+def restore_records(saved: Records) -> None:
+    """Put the records back as they were."""
+    for module, attached, past in saved:
+        for home, key, record in ((module.__dict__, ATTRIBUTE, attached), (_PAST, module, past)):
+            home.pop(key, None)
+            if record is not None:
+                home[key] = record
+
+
+def record_dense(module: nn.Module, reason: str, device: torch.device | None = None, calls: int = 1) -> None:
+    """Count dense calls; ``device`` is where compiled graphs keep their counts. One token at a time is not counted while compiling: it would cost every decode step a write."""
+    if not torch.compiler.is_compiling():
+        counts = _record(module).dense_calls
+        counts[reason] = counts.get(reason, 0) + calls
+    elif reason != "decode":
+        compiled = _record(module).compiled_dense_calls
+        if reason not in compiled:
+            compiled[reason] = torch.zeros((), dtype=torch.int64, device=device)
+        compiled[reason].add_(calls)
+
+
+def record_sparse(module: nn.Module, calls: int = 1) -> LayerRecord:
+    """Count sparse calls and return where its blocks are to be added."""
     record = _record(module)
     record.sparse_calls += calls
     return record
 
 
-def _record(module: nn.Module) -> _LayerRecord:
-    return _RECORDS.setdefault(module, _LayerRecord())
+def record_compiled_sparse(module: nn.Module, kept: torch.Tensor, visible: torch.Tensor) -> None:
+    """Count a sparse call of a compiled graph: kept blocks per head, int64 [Hq], and visible blocks of one head, int64 []."""
+    record = _record(module)
+    if record.compiled_sparse_calls is None:
+        record.compiled_sparse_calls = torch.zeros((), dtype=torch.int64, device=kept.device)
+    record.compiled_sparse_calls.add_(1)
+    record.add_blocks(kept, visible)
+
+
+def _record(module: nn.Module) -> LayerRecord:
+    # A model that was loaded under a registered name, without patch_model, gets its records here.
+    record = getattr(module, ATTRIBUTE, None)
+    if record is None:
+        record = LayerRecord()
+        setattr(module, ATTRIBUTE, record)
+    return record
 
 
 @dataclass(frozen=True)
@@ -115,23 +194,25 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
     """
     layers = []
     for module in model.modules():
-        if module in _RECORDS:
+        record = _known_record(module)
+        if record is not None and record.was_called:
             layers.append(layer_stats(module, getattr(module, "layer_idx", len(layers))))
     return PrefillStats(layers)
 
 
 def layer_stats(module: nn.Module, number: int, dense_calls: Counter | None = None) -> LayerStats:
     """What one attention layer has done, as layer ``number``; ``dense_calls`` are further ones, counted elsewhere."""
-    record = _RECORDS.get(module) or _LayerRecord()
+    record = _known_record(module) or LayerRecord()
     heads = []
     if record.kept is not None:
         # Every head sees the same blocks.
         visible = max(int(record.visible), 1)
         heads = [kept / visible for kept in record.kept.tolist()]
+    compiled = Counter({reason: int(count) for reason, count in record.compiled_dense_calls.items()})
     return LayerStats(
         layer=number,
-        sparse_calls=record.sparse_calls,
-        dense_calls=dict(record.dense_calls + (dense_calls or Counter())),
+        sparse_calls=record.sparse_calls + int(record.compiled_sparse_calls or 0),
+        dense_calls=dict(Counter(record.dense_calls) + compiled + (dense_calls or Counter())),
         density=sum(heads) / len(heads) if heads else None,
         head_density=heads,
     )
@@ -144,4 +225,12 @@ def reset_prefill_stats(model: nn.Module) -> None:
 
 
 def reset_layer(module: nn.Module) -> None:
-    _RECORDS.pop(module, None)
+    """Forget what one attention layer has done."""
+    _PAST.pop(module, None)
+    record = module.__dict__.get(ATTRIBUTE)
+    if record is not None:
+        setattr(module, ATTRIBUTE, LayerRecord(record.revive))
+
+
+def _known_record(module: nn.Module) -> LayerRecord | None:
+    return module.__dict__.get(ATTRIBUTE) or _PAST.get(module)

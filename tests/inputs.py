@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hf_flashprefill.support.families import tiny_model
+
+__all__ = ["UGLY_CASES", "Case", "exact_dense", "tiny_model"]
 
 
 @dataclass(frozen=True)
@@ -96,32 +99,3 @@ def exact_dense(
             logits = (query[row, head, used].double() @ keys.T * scale).masked_fill(~seen, float("-inf"))
             output[row, head, used] = logits.softmax(-1) @ values
     return output
-
-
-MODEL_CONFIGS = {
-    "llama": {"head_dim": 32},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-    "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "mistral": {"head_dim": 32, "sliding_window": None},
-}
-
-
-def tiny_model(family: str = "llama", implementation: str = "sdpa", **overrides) -> PreTrainedModel:
-    """A two-layer random model with grouped queries."""
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": 199,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    config = AutoConfig.for_model(family, **(settings | MODEL_CONFIGS.get(family, {}) | overrides))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    return model.eval()

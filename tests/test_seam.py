@@ -1,154 +1,16 @@
-"""Patched models against unpatched ones: with alpha=0 every situation must give the same numbers, on the sparse path."""
+"""Patched models in single situations: what stays dense and why, and what dense calls get. The matrix is in test_support."""
 
 import copy
 
 import pytest
 import torch
-from transformers import StaticCache
 
+import hf_flashprefill.attention as seam
 from hf_flashprefill import patch_model, patched, prefill_stats, unpatch_model
-from tests.inputs import MODEL_CONFIGS, tiny_model
+from hf_flashprefill.support.matrix import SETTINGS
+from hf_flashprefill.support.situations import LENGTH, PADDED, SITUATIONS, padding, prompt
+from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
-
-LENGTH = 200
-SETTINGS = {"min_seq_len": 32, "block_size": 64}
-
-
-def prompt(batch: int = 1, length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(3, 199, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def padding(side: str) -> torch.Tensor:
-    """Row 0 whole, row 1 padded by 77 tokens on the given side."""
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
-    if side == "left":
-        mask[1, :77] = 0
-    else:
-        mask[1, -77:] = 0
-    return mask
-
-
-def plain(model):
-    return model(prompt()).logits
-
-
-def embeddings(model):
-    return model(inputs_embeds=model.get_input_embeddings()(prompt())).logits
-
-
-def left_padded(model):
-    mask = padding("left")
-    return model(prompt(2), attention_mask=mask).logits[mask.bool()]
-
-
-def right_padded(model):
-    mask = padding("right")
-    return model(prompt(2), attention_mask=mask).logits[mask.bool()]
-
-
-def prefix_continuation(model):
-    ids = prompt()
-    cache = model(ids[:, :90], use_cache=True).past_key_values
-    return model(ids[:, 90:], past_key_values=cache).logits
-
-
-def padded_prefix_continuation(model):
-    ids, mask = prompt(2), padding("left")
-    cache = model(ids[:, :120], attention_mask=mask[:, :120], use_cache=True).past_key_values
-    return model(ids[:, 120:], attention_mask=mask, past_key_values=cache).logits
-
-
-def static_cache(model):
-    return model(prompt(), past_key_values=StaticCache(config=model.config, max_cache_len=300), use_cache=True).logits
-
-
-def static_cache_chunks(model):
-    ids, cache = prompt(), StaticCache(config=model.config, max_cache_len=300)
-    # transformers before 5.4 wants to be told where a static cache continues; later versions ignore it.
-    steps = [(0, 70), (70, 140), (140, LENGTH)]
-    parts = [
-        model(ids[:, a:b], past_key_values=cache, use_cache=True, cache_position=torch.arange(a, b)).logits for a, b in steps
-    ]
-    return torch.cat(parts, 1)
-
-
-def generated(model, **kwargs):
-    ids, mask = prompt(2), padding("left")
-    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
-    return model.generate(ids, **(settings | kwargs))
-
-
-def generate(model):
-    return generated(model)
-
-
-def generate_in_chunks(model):
-    return generated(model, prefill_chunk_size=70)
-
-
-def generate_static(model):
-    return generated(model, cache_implementation="static", disable_compile=True)
-
-
-def beams(model):
-    return generated(model, num_beams=3)
-
-
-def return_sequences(model):
-    return generated(model, num_beams=2, num_return_sequences=2)
-
-
-def assisted(model):
-    draft = tiny_model("llama", num_hidden_layers=1)
-    return model.generate(
-        prompt(), attention_mask=torch.ones(1, LENGTH), assistant_model=draft, max_new_tokens=8, do_sample=False, pad_token_id=0
-    )
-
-
-def prompt_lookup(model):
-    ids = prompt().repeat(1, 2)
-    return model.generate(
-        ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=3, max_new_tokens=8, do_sample=False, pad_token_id=0
-    )
-
-
-SITUATIONS = [
-    plain,
-    embeddings,
-    left_padded,
-    right_padded,
-    prefix_continuation,
-    padded_prefix_continuation,
-    static_cache,
-    static_cache_chunks,
-    generate,
-    generate_in_chunks,
-    generate_static,
-    beams,
-    return_sequences,
-    assisted,
-    prompt_lookup,
-]
-EVERY_FAMILY = [plain, left_padded, right_padded, prefix_continuation, generate]
-CELLS = [(situation, "llama", base) for situation in SITUATIONS for base in ("sdpa", "eager")]
-CELLS += [(situation, family, "sdpa") for situation in EVERY_FAMILY for family in MODEL_CONFIGS if family != "llama"]
-
-
-@pytest.mark.parametrize(("situation", "family", "base"), CELLS, ids=lambda value: getattr(value, "__name__", value))
-@torch.no_grad()
-def test_alpha_zero_equals_the_unpatched_model(situation, family, base):
-    model = tiny_model(family, base)
-    expected = situation(model)
-    patch_model(model, alpha=0, **SETTINGS)
-    got = situation(model)
-    stats = prefill_stats(model)
-    assert len(stats.layers) == model.config.num_hidden_layers
-    assert all(layer.sparse_calls > 0 and layer.density == 1 for layer in stats.layers)
-    if expected.is_floating_point():
-        assert_same_output(got, expected)
-    else:
-        assert torch.equal(got, expected)
-    assert set(stats.dense_calls) <= {"decode", "shorter than min_seq_len"}
 
 
 @torch.no_grad()
@@ -167,91 +29,90 @@ def test_sparse_settings_change_the_answer_and_say_so():
     assert stats.to_dict()["sparse_calls"] == 2
 
 
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (2, False), (2, True)])
+@torch.no_grad()
+def test_only_padding_makes_valid_ranges(batch, padded, monkeypatch):
+    """Without them nothing waits for the device, so an unpadded prompt must never have any."""
+    operator, seen = seam.flash_prefill_attention, []
+
+    def spy(*args, valid_ranges, **kwargs):
+        seen.append(None if valid_ranges is None else valid_ranges.tolist())
+        return operator(*args, valid_ranges=valid_ranges, **kwargs)
+
+    monkeypatch.setattr(seam, "flash_prefill_attention", spy)
+    model = patch_model(tiny_model(), alpha=0, **SETTINGS)
+    mask = padding("left") if padded else torch.ones(batch, LENGTH, dtype=torch.long)
+    model(prompt(batch), attention_mask=mask)
+    model(prompt(batch), attention_mask=mask[:, -1:].expand(-1, LENGTH))
+    assert seen == 2 * [[[0, LENGTH], [PADDED, LENGTH]] if padded else None] + 2 * [None]
+
+
 @torch.no_grad()
 def test_padding_output_stays_finite():
     model = patch_model(tiny_model(), alpha=0.1, **SETTINGS)
     assert model(prompt(2), attention_mask=padding("left")).logits.isfinite().all()
 
 
-def user_mask(model):
-    ids = prompt()
-    mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    mask[:, :, 50:, :20] = False
-    return model(ids, attention_mask=mask).logits
-
-
-def holes_in_padding(model):
-    mask = padding("left")
-    mask[1, 120:130] = 0
-    return model(prompt(2), attention_mask=mask).logits[mask.bool()]
-
-
-def packed(model):
-    positions = torch.cat([torch.arange(80), torch.arange(LENGTH - 80)])[None]
-    return model(prompt(), position_ids=positions, use_cache=False).logits
-
-
-def output_attentions(model):
-    return model(prompt(), output_attentions=True).logits
-
-
 def short(model):
-    return model(prompt(length=31)).logits
+    return (model(prompt(length=31)).logits,)
 
 
-def sliding_window(model):
-    return model(prompt()).logits
-
-
-@pytest.mark.parametrize(
-    ("situation", "reason", "overrides"),
-    [
-        (user_mask, "mask is not plain causal", {}),
-        (holes_in_padding, "mask is not plain causal", {}),
-        (packed, "mask is not plain causal", {}),
-        (output_attentions, "output_attentions", {}),
-        (short, "shorter than min_seq_len", {}),
-        (sliding_window, "sliding window", {"family": "mistral", "sliding_window": 50}),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 @torch.no_grad()
-def test_dense_with_a_counted_reason(situation, reason, overrides, base):
-    model = tiny_model(implementation=base, **overrides)
-    expected = situation(model)
+def test_short_prompts_stay_dense_to_the_bit(base):
+    model = tiny_model(implementation=base)
+    expected = short(model)
     patch_model(model, alpha=0.5, **SETTINGS)
-    got = situation(model)
-    stats = prefill_stats(model)
-    torch.testing.assert_close(got, expected, atol=0, rtol=0)
-    assert stats.sparse_calls == 0
-    assert stats.dense_calls == {reason: 2}
-    assert reason in str(stats)
+    torch.testing.assert_close(short(model), expected, atol=0, rtol=0)
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 2}
+    assert "shorter than min_seq_len" in str(prefill_stats(model))
 
 
+@pytest.mark.parametrize(("window", "sparse"), [(LENGTH, True), (LENGTH - 1, False)])
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
-def test_training_stays_dense_and_its_gradients_are_the_same(base):
-    model = tiny_model(implementation=base).train()
-    grads = []
-    for attempt in range(2):
-        if attempt:
-            patch_model(model, alpha=0.5, **SETTINGS)
-        model.zero_grad()
-        model(prompt(), labels=prompt()).loss.backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert prefill_stats(model).dense_calls == {"gradients needed": 2}
+@torch.no_grad()
+def test_windows_no_shorter_than_the_prompt_are_plain_causal(window, sparse, base):
+    model = tiny_model("mistral", base, sliding_window=window)
+    ids, mask = prompt(2), padding("left")
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(model(ids, attention_mask=mask).logits[mask.bool()], expected)
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == ((2, {}) if sparse else (0, {"sliding window": 2}))
+
+
+@pytest.mark.parametrize(("chunk", "sparse_calls"), [(LENGTH, 2), (LENGTH - 1, 1)])
+@torch.no_grad()
+def test_attention_chunks_no_shorter_than_the_prompt_are_plain_causal(chunk, sparse_calls):
+    model = tiny_model("llama4", attention_chunk_size=chunk)
+    ids, mask = prompt(2), padding("left")
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(model(ids, attention_mask=mask).logits[mask.bool()], expected)
+    assert prefill_stats(model).sparse_calls == sparse_calls
+
+
+@torch.no_grad()
+def test_packed_sequences_under_a_long_window_stay_apart():
+    """The window alone would be plain causal; what is put around it must not be overlooked."""
+    model = tiny_model("phi3")
+    expected = SITUATIONS["packed_by_positions"].run(model)
+    patch_model(model, alpha=0, **SETTINGS)
+    torch.testing.assert_close(SITUATIONS["packed_by_positions"].run(model), expected, atol=0, rtol=0)
+    assert prefill_stats(model).dense_calls == {"mask is not plain causal": 2}
 
 
 @torch.no_grad()
 def test_dense_layers_use_the_previous_implementation_for_padded_chunks():
     """A dense layer beside a sparse one gets the sparse call's mask and must turn it into its own kind."""
-    for situation in (plain, left_padded, padded_prefix_continuation, static_cache_chunks, prefix_continuation):
+    names = ("plain", "left_padded", "padded_prefix_continuation", "static_cache_chunks", "prefix_continuation")
+    for situation in (SITUATIONS[name].run for name in names):
         for base in ("sdpa", "eager"):
             model = tiny_model(implementation=base)
             expected = situation(model)
             patch_model(model, alpha=0, dense_layers=[1], **SETTINGS)
-            assert_same_output(situation(model), expected)
+            for ours, theirs in zip(situation(model), expected, strict=True):
+                assert_same_output(ours, theirs)
             stats = prefill_stats(model)
             assert stats.layers[0].sparse_calls > 0
             assert stats.layers[1].sparse_calls == 0
@@ -279,15 +140,15 @@ def test_flash_attention_sees_its_own_name_when_calls_stay_dense(monkeypatch):
     model.config._attn_implementation_internal = "test_flash_fake"
     patch_model(model, alpha=0, dense_layers=[0], **SETTINGS)
     model(prompt())
-    left_padded(model)
+    SITUATIONS["left_padded"].run(model)
     assert seen == [("test_flash_fake", 0, None), ("test_flash_fake", 0, 2)]
 
 
 @torch.no_grad()
 def test_deep_copies_keep_settings_and_start_their_own_statistics():
     model = patch_model(tiny_model(), alpha=0, **SETTINGS)
-    plain(model)
+    model(prompt())
     twin = copy.deepcopy(model)
     assert prefill_stats(twin).layers == []
-    assert_same_output(plain(twin), plain(unpatch_model(model)))
+    assert_same_output(twin(prompt()).logits, unpatch_model(model)(prompt()).logits)
     assert prefill_stats(twin).sparse_calls == 2

@@ -1,0 +1,69 @@
+"""The operator as a torch.library custom op, which torch.compile keeps whole instead of tracing through it.
+
+``torch.ops.hf_flashprefill.sparse_prefill`` takes the settings as JSON, because a graph holds no Python objects, and
+returns the counts of kept and visible blocks as tensors beside the output, because a graph cannot call back.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import torch
+
+from .config import FlashPrefillConfig
+from .functional import flash_prefill_attention
+
+
+def config_to_json(config: FlashPrefillConfig) -> str:
+    """The settings as the op takes them."""
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+@functools.cache
+def _config_from_json(text: str) -> FlashPrefillConfig:
+    return FlashPrefillConfig(**json.loads(text))
+
+
+@torch.library.custom_op("hf_flashprefill::sparse_prefill", mutates_args=())
+def sparse_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid_ranges: torch.Tensor | None,
+    config: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``flash_prefill_attention`` of a call whose query ends where the keys end.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        value: [B, Hkv, Skv, D].
+        valid_ranges: int32 [B, 2], each row's first valid position and the one after its last; None if nothing is padding.
+        config: ``config_to_json(settings)``.
+        scale: Multiplies query-key products.
+
+    Returns:
+        Output [B, Sq, Hq, D], contiguous; kept key blocks of each head, int64 [Hq]; visible key blocks of one head, int64 [].
+    """
+    kept = torch.zeros(query.shape[1], dtype=torch.int64, device=query.device)
+    visible = torch.zeros((), dtype=torch.int64, device=query.device)
+
+    def count(index):
+        kept.add_(index.counts.sum((0, 2), dtype=torch.int64))
+        visible.add_(index.visible_total())
+
+    settings = {"config": _config_from_json(config), "scale": scale, "valid_ranges": valid_ranges}
+    output = flash_prefill_attention(query, key, value, on_index=count, **settings)
+    return output.transpose(1, 2).contiguous(), kept, visible
+
+
+@sparse_prefill.register_fake
+def _(query, key, value, valid_ranges, config, scale):
+    batch, heads, query_len, head_dim = query.shape
+    return (
+        query.new_empty(batch, query_len, heads, head_dim),
+        query.new_empty(heads, dtype=torch.int64),
+        query.new_empty((), dtype=torch.int64),
+    )

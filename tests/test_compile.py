@@ -1,0 +1,128 @@
+"""torch.compile: the operator as a custom op, and whole models whose compiled prefill stays sparse and counted."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, register_attention
+from hf_flashprefill.custom_op import config_to_json, sparse_prefill
+from hf_flashprefill.masking import _TAKES_CACHE_POSITION
+from hf_flashprefill.support.matrix import SETTINGS
+from hf_flashprefill.support.situations import padding, prompt
+from tests.inputs import tiny_model
+from tests.tolerance import assert_same_output
+
+SPARSE = FlashPrefillConfig(alpha=1.0, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
+
+needs_lengths_in_masks = pytest.mark.skipif(
+    _TAKES_CACHE_POSITION, reason="before transformers 5.4 mask functions get positions as a tensor, which a graph cannot read"
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def tensors(query_len: int = 300, kv_len: int = 400) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query = torch.randn(2, query_len, 4, 64).transpose(1, 2)
+    key, value = torch.randn(2, 2, 2, kv_len, 64).unbind(0)
+    return query, key, value
+
+
+def test_the_op_is_the_operator():
+    query, key, value = tensors()
+    expected, index = flash_prefill_attention(query, key, value, config=SPARSE, scale=0.2, return_index=True)
+    output, kept, visible = sparse_prefill(query, key, value, None, config_to_json(SPARSE), 0.2)
+    assert torch.equal(output, expected.transpose(1, 2))
+    assert output.is_contiguous()
+    assert kept.tolist() == index.counts.sum((0, 2)).tolist()
+    assert int(visible) == int(index.visible_total())
+    assert kept.sum() < visible * 4
+
+
+def test_the_op_keeps_the_rules_of_custom_ops():
+    torch.library.opcheck(sparse_prefill, (*tensors(), None, config_to_json(SPARSE), 0.125))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_takes_the_op():
+    settings = config_to_json(SPARSE)
+
+    def layer(query, key, value):
+        return sparse_prefill(query, key, value, None, settings, 0.125)[0] * 2
+
+    inputs = tensors()
+    assert_same_output(torch.compile(layer, fullgraph=True)(*inputs), layer(*inputs))
+
+
+@needs_lengths_in_masks
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@torch.no_grad()
+def test_compiled_prefill_is_sparse_at_every_length_with_one_dynamic_graph(family):
+    model = patch_model(tiny_model(family), config=SPARSE, min_seq_len=32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    lengths = (160, 200, 250, 330, 411)
+    for length in lengths:
+        ids = prompt(length=length)
+        got = compiled(ids).logits
+        recorded = prefill_stats(model).sparse_calls
+        assert_same_output(got, model(ids).logits)
+        assert prefill_stats(model).sparse_calls == recorded + 2
+    # The first length compiles with its own number, the second with any number.
+    assert counters["stats"]["unique_graphs"] == 2
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (4 * len(lengths), {})
+    assert 0 < stats.density < 1
+    assert all(len(layer.head_density) == 4 for layer in stats.layers)
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_compiled_and_uncompiled_calls_count_the_same():
+    model = patch_model(tiny_model(), config=SPARSE, min_seq_len=32)
+    model(prompt())
+    eager = prefill_stats(model)
+    patch_model(model, config=SPARSE, min_seq_len=32)
+    torch.compile(model, backend="eager", fullgraph=True)(prompt())
+    assert prefill_stats(model) == eager
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_a_compiled_model_follows_unpatching_and_new_settings():
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = compiled(prompt()).logits
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(compiled(prompt()).logits, expected)
+    assert prefill_stats(model).sparse_calls == 2
+    patch_model(model, alpha=0, dense_layers=[0], **SETTINGS)
+    assert_same_output(compiled(prompt()).logits, expected)
+    assert (prefill_stats(model).sparse_calls, prefill_stats(model).dense_calls) == (1, {"dense layer": 1})
+
+
+@torch.no_grad()
+def test_compiled_padding_stays_dense_and_counted():
+    model = patch_model(tiny_model(), alpha=0, **SETTINGS)
+    ids, mask = prompt(2), padding("left")
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):
+        got = compiled(ids, attention_mask=mask).logits[mask.bool()]
+    assert prefill_stats(model).dense_calls == {"mask unknown while compiling": 6}
+    assert_same_output(got, model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_models_loaded_under_the_registered_name_count_while_compiling():
+    model = tiny_model(implementation=register_attention(FlashPrefillConfig(alpha=0, **SETTINGS)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        compiled(prompt())
+    assert prefill_stats(model).sparse_calls == 6

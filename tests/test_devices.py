@@ -1,0 +1,101 @@
+"""Models spread over devices and processes, as far as a CPU can show it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_flashprefill import patch_model, prefill_stats, unpatch_model
+from hf_flashprefill.support.matrix import SETTINGS
+from hf_flashprefill.support.situations import SITUATIONS, padding, prompt
+from tests.inputs import tiny_model
+from tests.tolerance import assert_same_output
+
+accelerate = pytest.importorskip("accelerate")
+
+
+def dispatched(tmp_path, how: str):
+    """A tiny model under accelerate's hooks."""
+    model = tiny_model()
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if how == "disk_offload":
+        return accelerate.disk_offload(model, tmp_path / "offloaded", execution_device=torch.device("cpu"))
+    model.save_pretrained(tmp_path / "model")
+    parts = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
+    device_map = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    options = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "model", **options).eval()
+
+
+@pytest.mark.parametrize("how", ["patched, then cpu_offload", "cpu_offload", "disk_offload", "device_map"])
+@pytest.mark.parametrize("name", ["left_padded", "static_cache_chunks", "generate"])
+@torch.no_grad()
+def test_accelerate_hooks(name, how, tmp_path):
+    def check():
+        for ours, theirs in zip(situation.run(model), expected, strict=True):
+            assert_same_output(ours, theirs)
+
+    situation = SITUATIONS[name]
+    expected = situation.run(tiny_model())
+    if how == "patched, then cpu_offload":
+        model = patch_model(tiny_model(), alpha=0, **SETTINGS)
+        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        model = patch_model(dispatched(tmp_path, how), alpha=0, **SETTINGS)
+    hooked = [module for module in model.modules() if hasattr(module, "_hf_hook")]
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    check()
+    assert all(layer.sparse_calls > 0 for layer in prefill_stats(model).layers)
+    unpatch_model(model)
+    assert hooked == [module for module in model.modules() if hasattr(module, "_hf_hook")]
+    check()
+
+
+@torch.no_grad()
+def test_a_mask_that_moves_between_devices_is_still_known():
+    """accelerate sends every tensor argument to the layer's device; "meta" stands for a second one."""
+    from accelerate.utils import send_to_device
+    from transformers.masking_utils import causal_mask_function
+
+    from hf_flashprefill.masking import PlainCausalMask, prefill_mask
+
+    for attention_mask in (None, padding("left").bool()):
+        length = prompt().shape[1]
+        call = {"batch_size": 2, "kv_length": length, "kv_offset": 0, "mask_function": causal_mask_function}
+        positions = {"q_length": length, "q_offset": 0, "device": torch.device("cpu")}
+        mask = prefill_mask("sdpa", 32, attention_mask=attention_mask, **call, **positions)
+        moved = send_to_device(mask, torch.device("meta"))
+        assert isinstance(moved, PlainCausalMask)
+        assert moved.shape == (2, length)
+        assert (moved.padding() is None) == (attention_mask is None)
+
+
+def test_tensor_parallel_over_two_processes(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    script = Path(__file__).with_name("tensor_parallel.py")
+    root = str(script.parent.parent)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
+    done = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    # 4 query heads of 32: each process has 2 of them, and selects for these alone.
+    assert (seen["processes"], seen["local_rows"], seen["local_heads"]) == (2, 64, [2, 2])
+    assert (seen["sparse_calls"], seen["dense_calls"]) == (2, {})
+    assert max(seen["error"], seen["unpatched_error"]) < 2e-5
+    assert seen["same_tokens"]
