@@ -35,7 +35,8 @@ class FlashPrefillConfig:
         window_blocks: Blocks up to and including the query's own that are always kept, >= 1.
         dense_tail_blocks: Query blocks at the end of the prompt that see every block, >= 0. In a prefill in chunks each
             chunk's end counts, because a chunk does not tell whether another follows.
-        min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0.
+        min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0. On one H200 the operator was
+            0.62 times as fast as cuDNN's dense attention at 4096 tokens and 1.43 times at 8192.
         dense_layers: Layers, counted from 0, that stay dense.
         backend: ``"triton"`` (NVIDIA GPU), ``"torch"`` (any device), ``"reference"`` (the specification, slow), or
             ``"auto"``: triton where it can run, else torch.
@@ -53,7 +54,7 @@ class FlashPrefillConfig:
     sink_blocks: int = 2
     window_blocks: int = 4
     dense_tail_blocks: int = 2
-    min_seq_len: int = 4096
+    min_seq_len: int = 8192
     dense_layers: tuple[int, ...] = ()
     backend: str = "auto"
 

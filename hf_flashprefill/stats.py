@@ -91,7 +91,10 @@ def restore_records(saved: Records) -> None:
 
 
 def record_dense(module: nn.Module, reason: str, device: torch.device | None = None, calls: int = 1) -> None:
-    """Count dense calls; ``device`` is where compiled graphs keep their counts. One token at a time is not counted while compiling: it would cost every decode step a write."""
+    """Count dense calls; ``device`` is where compiled graphs keep their counts.
+
+    One token at a time is not counted while compiling: it would cost every decode step a write.
+    """
     if not torch.compiler.is_compiling():
         counts = _record(module).dense_calls
         counts[reason] = counts.get(reason, 0) + calls

@@ -192,7 +192,7 @@ class SparsePrefillImpl:
             reason = "fused output quantisation" if fused else self._dense_reason(layer, query, kv_cache)
         if split is None or reason is not None:
             if reason is not None:
-                record_dense(layer, reason, len(split.plan.long_rows))
+                record_dense(layer, reason, calls=len(split.plan.long_rows))
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         for run, metadata in zip(split.plan.runs, split.run_metadata, strict=True):
             tokens = slice(run.first_token, run.end_token)

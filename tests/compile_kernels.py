@@ -1,0 +1,129 @@
+"""Compile the kernels for a GPU that need not be there, and say what ptxas thought of them: a JSON line per kernel.
+
+python -m tests.compile_kernels 90
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hf_flashprefill.backends.triton import attend, attend_hopper, energies, shares, tuning
+from hf_flashprefill.backends.triton.pool import TILE
+
+HEADS, KEY_HEADS, TOKENS, BLOCK = 8, 2, 512, 128
+ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 120: "sm_120a"}
+
+
+class OfflineDriver:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
+    """(name, compiled kernel) of every kernel that a bfloat16 prompt runs on this GPU generation."""
+    generation, dtype = (capability // 10, capability % 10), torch.bfloat16
+    query = torch.zeros(1, HEADS, TOKENS, head_dim, dtype=dtype)
+    key = torch.zeros(1, KEY_HEADS, TOKENS, head_dim, dtype=dtype)
+    number = torch.zeros(1, HEADS, 4, 4, dtype=torch.int32)
+    scores, counts, group = torch.zeros(4096), number[..., 0].contiguous(), HEADS // KEY_HEADS
+    shape = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": head_dim, "BLOCK": BLOCK, "HAS_RANGES": False}
+    lengths, strides = (TOKENS, TOKENS, 0, 0), query.stride()[:3]
+
+    tiles = tuning.attend_tiles(generation, head_dim, dtype, BLOCK)
+    described = attend._descriptors(key, key, head_dim, tiles)
+    yield (
+        "attend",
+        attend._attend_kernel.warmup(
+            query, key, key, *(described or (None, None)), query, None, number, counts, 0.1, *lengths, 4, 4,
+            *strides, *key.stride()[:3], *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages, grid=(1,),
+        ),
+    )  # fmt: skip
+
+    tiles = tuning.energy_tiles(generation, head_dim, dtype)
+    described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [tiles.block_n, head_dim]) if tiles.copy_engine else None
+    yield (
+        "energies",
+        energies._select_energies_kernel.warmup(
+            query, key, described, None, scores, number, counts, 0.1, -1.0, *lengths, 4, 4, 2, 4, 2, *strides, **shape,
+            BLOCK_N=tiles.block_n, BLOCK_LIST=256, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, grid=(1,),
+        ),
+    )  # fmt: skip
+
+    tiles = tuning.share_tiles(generation, head_dim, dtype)
+    described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [TILE, head_dim]) if tiles.copy_engine else None
+    yield (
+        "shares",
+        shares._select_shares_kernel.warmup(
+            query, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2, *strides,
+            **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=8, STRIDE=8, TILE=TILE,
+            BLOCK_LIST=128, IS_RELATIVE=False, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, grid=(1,),
+        ),
+    )  # fmt: skip
+
+    if capability == 90:
+        tiles = tuning.hopper_tiles(head_dim)
+        descriptors = [attend_hopper._descriptor(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
+        yield (
+            "attend_hopper",
+            attend_hopper._attend_hopper_kernel.warmup(
+                *descriptors, query, None, number, counts, 0.1, *lengths, 4, 4, 2, 4, HEADS, *strides, GROUP=group,
+                STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages, DIRECT_STORE=tiles.direct_store,
+                HAS_RANGES=False, num_warps=4, grid=(1,),
+            ),
+        )  # fmt: skip
+
+
+def verdict(kernel: Any, capability: int) -> dict[str, Any]:
+    """Bytes spilled, registers, and ptxas's warnings about serialised matrix products (C75xx)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(capability).path, "-v", "--gpu-name", ARCHITECTURES[capability], str(source)]
+        answer = subprocess.run([*command, "-o", str(source) + ".cubin"], capture_output=True, text=True)
+    said = answer.stdout + answer.stderr
+    if answer.returncode:
+        raise RuntimeError(f"ptxas failed: {said}")
+    return {
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
+        "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
+        "warnings": re.findall(r"C75\d\d", said),
+        "shared_memory": kernel.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    target = int(sys.argv[1])
+    driver.set_active(OfflineDriver(target))
+    for dim in (64, 128):
+        for name, kernel in compiled(target, dim):
+            print(json.dumps({"kernel": name, "head_dim": dim, **verdict(kernel, target)}), flush=True)

@@ -1,0 +1,28 @@
+"""Every kernel compiles for every GPU generation without spilling and without serialised matrix products, GPU or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_kernels_compile_clean(capability):
+    # A process of its own: here, kernels may belong to the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_kernels", str(capability)]
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stderr
+    verdicts = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+    expected = {"attend", "energies", "shares"} | ({"attend_hopper"} if capability == 90 else set())
+    assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
+    for verdict in verdicts:
+        assert verdict["spilled"] == 0, verdict
+        assert verdict["warnings"] == [], verdict
+        # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
+        assert verdict["shared_memory"] <= (232448 if capability == 90 else 101376), verdict
