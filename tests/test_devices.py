@@ -63,7 +63,7 @@ def test_a_mask_that_moves_between_devices_is_still_known():
     from accelerate.utils import send_to_device
     from transformers.masking_utils import causal_mask_function
 
-    from hf_flashprefill.masking import PlainCausalMask, prefill_mask
+    from hf_flashprefill.masking import CausalMask, prefill_mask
 
     for attention_mask in (None, padding("left").bool()):
         length = prompt().shape[1]
@@ -71,7 +71,7 @@ def test_a_mask_that_moves_between_devices_is_still_known():
         positions = {"q_length": length, "q_offset": 0, "device": torch.device("cpu")}
         mask = prefill_mask("sdpa", 32, attention_mask=attention_mask, **call, **positions)
         moved = send_to_device(mask, torch.device("meta"))
-        assert isinstance(moved, PlainCausalMask)
+        assert isinstance(moved, CausalMask)
         assert moved.shape == (2, length)
         assert (moved.padding() is None) == (attention_mask is None)
 
