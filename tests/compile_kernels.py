@@ -58,14 +58,20 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
 
     tiles = tuning.attend_tiles(generation, head_dim, dtype, BLOCK)
     described = attend._descriptors(key, key, head_dim, tiles)
-    yield (
-        "attend",
-        attend._attend_kernel.warmup(
-            query, key, key, *(described or (None, None)), query, None, number, counts, 0.1, *lengths, 4, 4,
-            *strides, *key.stride()[:3], *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages, grid=(1,),
-        ),
-    )  # fmt: skip
+    terms = {"attend": (), "attend window sinks": ("WINDOW", "SINKS"), "attend means": ("MEANS",)}
+    for name, given in terms.items():
+        flags = {f"HAS_{term}": term in given for term in ("WINDOW", "SINKS", "MEANS")}
+        means = (key, key, counts.to(torch.int8)) if "MEANS" in given else (None, None, None)
+        yield (
+            name,
+            attend._attend_kernel.warmup(
+                query, key, key, *(described or (None, None)), query, None, number, counts,
+                scores if "SINKS" in given else None, *means, 0.1, *lengths, 4, 4, 300, 4, *strides, *key.stride()[:3],
+                *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                HAS_DESCRIPTORS=described is not None, **flags, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                grid=(1,),
+            ),
+        )  # fmt: skip
 
     tiles = tuning.energy_tiles(generation, head_dim, dtype)
     described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [tiles.block_n, head_dim]) if tiles.copy_engine else None
