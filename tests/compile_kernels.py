@@ -69,6 +69,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
                 scores if "SINKS" in given else None, *means, 0.1, *lengths, 4, 4, 300, 4, *strides, *key.stride()[:3],
                 *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
                 HAS_DESCRIPTORS=described is not None, **flags, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                enable_fp_fusion=True,
                 grid=(1,),
             ),
         )  # fmt: skip
@@ -80,7 +81,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         energies._select_energies_kernel.warmup(
             query, key, described, None, scores, number, counts, 0.1, -1.0, *lengths, 4, 4, 2, 4, 2, *strides, **shape,
             BLOCK_N=tiles.block_n, BLOCK_LIST=256, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, grid=(1,),
+            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
 
@@ -92,7 +93,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             query, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2, *strides,
             **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=8, STRIDE=8, TILE=TILE,
             BLOCK_LIST=128, IS_RELATIVE=False, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, grid=(1,),
+            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
 
@@ -104,7 +105,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             attend_hopper._attend_hopper_kernel.warmup(
                 *descriptors, query, None, number, counts, 0.1, *lengths, 4, 4, 2, 4, HEADS, *strides, GROUP=group,
                 STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages, DIRECT_STORE=tiles.direct_store,
-                HAS_RANGES=False, num_warps=4, grid=(1,),
+                HAS_RANGES=False, num_warps=4, enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 

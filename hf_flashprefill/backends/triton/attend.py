@@ -312,4 +312,6 @@ def attend_blocks(
             HAS_MEANS=means is not None,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            # Fused multiply-adds carry the softmax; Triton 3.10 stops fusing unless told.
+            enable_fp_fusion=True,
         )
