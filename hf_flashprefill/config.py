@@ -35,6 +35,8 @@ class FlashPrefillConfig:
         window_blocks: Blocks up to and including the query's own that are always kept, >= 1.
         dense_tail_blocks: Query blocks at the end of the prompt that see every block, >= 0. In a prefill in chunks each
             chunk's end counts, because a chunk does not tell whether another follows.
+        correction: Whether each dropped block takes part in the softmax through its mean key and mean value, weighted by its
+            tokens (FlashPrefill V2). Has no Hopper kernel yet: attention runs in the portable one.
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0. On one H200 the operator was
             0.62 times as fast as cuDNN's dense attention at 4096 tokens and 1.43 times at 8192.
         dense_layers: Layers, counted from 0, that stay dense.
@@ -54,6 +56,7 @@ class FlashPrefillConfig:
     sink_blocks: int = 2
     window_blocks: int = 4
     dense_tail_blocks: int = 2
+    correction: bool = False
     min_seq_len: int = 8192
     dense_layers: tuple[int, ...] = ()
     backend: str = "auto"
@@ -70,6 +73,8 @@ class FlashPrefillConfig:
             _require_choice(name, getattr(self, name), choices)
         for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0), ("min_seq_len", 0)):
             _require_integer(name, getattr(self, name), least)
+        if not isinstance(self.correction, bool):
+            raise TypeError(f"correction must be True or False, got {self.correction!r}")
         if isinstance(self.dense_layers, (str, bytes)) or not hasattr(self.dense_layers, "__iter__"):
             raise TypeError(f"dense_layers must be a sequence of layer numbers, got {self.dense_layers!r}")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))

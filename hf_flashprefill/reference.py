@@ -138,21 +138,54 @@ def row_attention(
     kept: torch.Tensor,
     block_size: int,
     scale: float,
+    *,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    correction: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Exact causal attention over the kept blocks: [Hq, R, D] and [Hkv, S, D] -> [Hq, R, D] in ``dtype``."""
+    """Exact causal attention over the kept blocks: [Hq, R, D] and [Hkv, S, D] -> [Hq, R, D] in ``dtype``.
+
+    Args:
+        queries: [Hq, R, D].
+        positions: int64 [R], rising by one; query r stands at key ``positions[r]``.
+        keys: [Hkv, S, D].
+        values: [Hkv, S, D].
+        kept: bool [Hq, M, N].
+        block_size: Tokens per block.
+        scale: Multiplies the dot product.
+        sliding_window: Tokens; a query sees itself and the keys up to ``sliding_window - 1`` tokens before it.
+        sinks: [Hq]; a logit per head that takes part in the softmax and has no value.
+        correction: Whether each dropped block before the query's own enters the softmax as ``block_size`` copies of its
+            mean key, with its mean value (FlashPrefill V2).
+        dtype: The precision of the computation.
+    """
     group = queries.shape[0] // keys.shape[0]
     key_position = torch.arange(keys.shape[1], device=queries.device)
+    key_block = torch.arange(kept.shape[-1], device=queries.device)
     first_block = int(positions[0]) // block_size
+    key_means, value_means = (pooled_keys(tensor, block_size) for tensor in (keys, values))
     outputs = []
     for head, query in enumerate(queries):
         key, value = keys[head // group].to(dtype), values[head // group].to(dtype)
         blocks = []
         for block, mask in enumerate(kept[head]):
             rows = positions // block_size == first_block + block
-            seen = mask.repeat_interleave(block_size)[: len(key)] & (key_position <= positions[rows, None])
-            logits = (query[rows].to(dtype) @ key.T * scale).masked_fill(~seen, -math.inf)
-            blocks.append(logits.softmax(-1) @ value)
+            distance = positions[rows, None] - key_position
+            seen = mask.repeat_interleave(block_size)[: len(key)] & (distance >= 0)
+            if sliding_window is not None:
+                seen &= distance < sliding_window
+            logits = [(query[rows].to(dtype) @ key.T * scale).masked_fill(~seen, -math.inf)]
+            columns = [value]
+            if correction:
+                dropped = ~mask & (key_block < first_block + block)
+                means = query[rows].to(dtype) @ key_means[head // group, dropped[: key_means.shape[1]]].to(dtype).T * scale
+                logits.append(means + math.log(block_size))
+                columns.append(value_means[head // group, dropped[: value_means.shape[1]]].to(dtype))
+            if sinks is not None:
+                logits.append(sinks[head].to(dtype).expand(len(logits[0]), 1))
+                columns.append(value.new_zeros(1, value.shape[-1]))
+            blocks.append(torch.cat(logits, 1).softmax(-1) @ torch.cat(columns))
         outputs.append(torch.cat(blocks))
     return torch.stack(outputs)
 
@@ -212,10 +245,14 @@ def attend_blocks(
     index: BlockIndex,
     *,
     scale: float,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    correction: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Exact attention over an index of the whole call -> [B, Hq, Sq, D] in ``dtype``; rows of padding are zeros."""
     geometry, kept = index.geometry, index.to_mask()
+    options = {"sliding_window": sliding_window, "sinks": sinks, "correction": correction, "dtype": dtype}
     output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=dtype, device=query.device)
     for row, span in enumerate(geometry.row_spans()):
         if span.query_end <= span.query_begin:
@@ -224,7 +261,7 @@ def attend_blocks(
         keys, values = (tensor[row, :, span.start : span.start + span.key_end] for tensor in (key, value))
         first = span.start + span.query_begin - geometry.query_offset
         output[row, :, first : first + queries.shape[1]] = row_attention(
-            queries, positions, keys, values, kept[row], geometry.block_size, scale, dtype
+            queries, positions, keys, values, kept[row], geometry.block_size, scale, **options
         )
     return output
 

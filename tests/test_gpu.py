@@ -38,6 +38,27 @@ def test_kernels_err_no_more_than_eager(shape, dtype):
         assert_no_worse_than_eager(output, eager, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("terms", ["window", "sinks", "means"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_further_terms_err_no_more_than_eager(shape, terms, dtype):
+    case = Case(**{**vars(shape), "dtype": dtype})
+    query, key, value, ranges = case.tensors(torch.device("cuda"))
+    dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+    config = FlashPrefillConfig(alpha=0.5, correction=terms == "means", backend="triton", **dropping)
+    asked = {"sliding_window": 200} if terms == "window" else {}
+    asked |= {"sinks": torch.linspace(-3, 6, case.heads, device="cuda")} if terms == "sinks" else {}
+    placing = {"query_offset": case.query_offset, "valid_ranges": ranges}
+    output, index = flash_prefill_attention(query, key, value, config=config, return_index=True, **placing, **asked)
+    options = {"scale": case.head_dim**-0.5, "correction": config.correction, **asked}
+    exact = reference.attend_blocks(query, key, value, index, dtype=torch.float64, **options)
+    eager = reference.attend_blocks(query, key, value, index, dtype=dtype, **options)
+    if dtype == torch.float32:
+        torch.testing.assert_close(output.double(), exact, atol=2e-5, rtol=1e-5)
+    else:
+        assert_no_worse_than_eager(output, eager, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_selection_disagrees_only_within_rounding(dtype):
     case = Case(1, 8, 2, 4096, 4096, 128, dtype=dtype)
