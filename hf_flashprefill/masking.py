@@ -88,7 +88,7 @@ def base_mask_for(base: str, mask: CausalMask, query: torch.Tensor, config: Any)
     Keys must have been cut to the mask's length first.
     """
     (batch, valid_length), query_length = mask.shape, query.shape[2]
-    offset, window = valid_length - query_length, mask.sliding_window
+    offset, window = valid_length - query_length, type(mask).sliding_window
     arguments = {
         "batch_size": batch,
         "kv_length": valid_length,
