@@ -36,7 +36,7 @@ FOREIGN_ARGUMENTS = {
     "cache": "continuous batching",
 }
 
-# A graph cannot look into a mask, at a static cache's length or into a window's mask function to see what the call is.
+# A graph cannot look into a mask or at a static cache's length to see that the call is plain causal.
 COMPILED_MASK = "mask unknown while compiling"
 
 
