@@ -71,7 +71,7 @@ def prefill_attention(
         key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
     if reason is not None:
         record_dense(module, reason, query.device)
-        if reason == "gradients needed" and not (module.training or torch.compiler.is_compiling()):
+        if reason == "gradients needed" and not torch.compiler.is_compiling():
             logger.warning_once(
                 "Prefill stays dense because gradients are enabled; wrap the call in torch.no_grad() for sparse prefill."
             )
@@ -134,6 +134,9 @@ def dense_reason(
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "not causal"
+    if module.training:
+        # Reentrant gradient checkpointing runs without gradients first, and again with them.
+        return "training mode"
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, sinks)):
         return "gradients needed"
     if dropout:
