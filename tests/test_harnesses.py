@@ -73,7 +73,8 @@ def test_ttft_counts_and_compares(tmp_path):
     assert row["speedup"] == pytest.approx(row["unpatched"]["median_s"] / row["patched"]["median_s"])
     # Without attention the rest remains, so the ceiling is what attention took.
     assert row["ceiling"] == pytest.approx(row["unpatched"]["median_s"] / row["free_attention"]["median_s"])
-    assert row["attention_s"]["unpatched"] > 0
+    for state in ("unpatched", "patched"):
+        assert row["attention_s"][state] == pytest.approx(row[state]["median_s"] - row["free_attention"]["median_s"])
 
 
 @pytest.mark.parametrize("arguments", [["--density", "2"], ["--density", "published", "--lengths", "1000"], ["--repeats", "0"]])
