@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval import common, operator_speed, train_recall, ttft
+from eval import common, layout_speed, operator_speed, train_recall, ttft
 from eval.haystack import standard_library_text
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 
@@ -51,6 +51,34 @@ def test_a_failing_gate_prints_no_speed(monkeypatch, capsys, tmp_path):
     assert operator_speed.main(["--lengths", "512", "--device", "cpu", "--output", str(path)]) == 1
     assert not path.exists()
     assert "speedup" not in capsys.readouterr().out
+
+
+def test_layouts_do_the_same_work(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def counted(query, key, value, **options):
+        output, index = flash_prefill_attention(query, key, value, **options, return_index=True)
+        calls.append((query.shape[0], query.shape[2], key.shape[2], int(index.counts.sum())))
+        return output
+
+    monkeypatch.setattr(layout_speed, "flash_prefill_attention", counted)
+    path = tmp_path / "layouts.json"
+    monkeypatch.setattr(layout_speed, "median_ms", lambda run, *_: (run(), {"median_ms": 1.0})[1])
+    options = ["--lengths", "2048", "--chunk", "512", "--density", "0.3", "--device", "cpu", "--output", str(path)]
+    assert layout_speed.main(options) == 0
+    assert [call[:3] for call in calls[:4]] == [(1, 2048, 2048), (1, 1024, 1024), (2, 2048, 2048), (2, 2048, 2048)]
+    assert [call[:3] for call in calls[4:]] == [(1, 512, end) for end in (512, 1024, 1536, 2048)]
+    one, half, batch, padded, *chunks = (call[3] for call in calls)
+    assert (batch, padded, sum(chunks)) == (2 * one, one + half, one)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["overhead"] for row in rows] == [None, None, -0.5, -0.5, 0.0]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])[0] == {"length": 2048, "layout": "batch", "overhead": -0.5}
+
+
+@pytest.mark.parametrize("arguments", [["--chunk", "100"], ["--density", "0"], ["--lengths", "8"], ["--kv-heads", "3"]])
+def test_layouts_refuse(arguments):
+    with pytest.raises(common.UsageError, match=arguments[0]):
+        layout_speed.main(arguments)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.3, 0.9])
