@@ -19,6 +19,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from .config import FlashPrefillConfig
+from .crossover import min_seq_len_of_model
+
 
 class PlainCausalMask(torch.Tensor):
     """Bool [B, valid length]: which of the keys before ``valid length`` are real tokens, one run per row.
@@ -47,12 +50,12 @@ class PlainCausalMask(torch.Tensor):
         return None if self.stride(1) == 0 else _as_tensor(self)
 
 
-def prefill_mask(base: str, min_seq_len: int, **arguments: Any) -> Any:
+def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
     """The mask of one forward pass; ``arguments`` are transformers' own and differ between its versions."""
     query_length, query_offset = _query_span(arguments)
     plain = (
         query_length > 1
-        and query_length >= min_seq_len
+        and query_length >= _min_seq_len(settings, arguments)
         and query_length <= _causal_up_to(arguments)
         and not _is_nonzero(arguments.get("kv_offset", 0))
     )
@@ -60,6 +63,20 @@ def prefill_mask(base: str, min_seq_len: int, **arguments: Any) -> Any:
     if plain:
         mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _plain_mask(arguments)
     return base_mask(base, **arguments) if mask is None else mask
+
+
+def _min_seq_len(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> int:
+    """Tokens; no more than any layer needs to run sparse. What is decided here too early, the layers decide once more."""
+    model_config, device = arguments.get("config"), _device(arguments)
+    dtype = arguments.get("dtype") or getattr(model_config, "dtype", None) or torch.get_default_dtype()
+    return min_seq_len_of_model(settings, model_config, dtype, device)
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    device = arguments.get("device")
+    if device is None:
+        device = arguments["cache_position"].device if "cache_position" in arguments else "cpu"
+    return torch.device(device)
 
 
 def base_mask(base: str, **arguments: Any) -> Any:
@@ -149,11 +166,8 @@ def _plain_mask(arguments: dict[str, Any]) -> PlainCausalMask | None:
     if valid_length > _causal_up_to(arguments):
         return None
     padding = arguments.get("attention_mask")
-    device = arguments.get("device")
-    if device is None:
-        device = arguments["cache_position"].device if "cache_position" in arguments else "cpu"
     if padding is None:
-        return PlainCausalMask.without_padding(arguments["batch_size"], valid_length, device)
+        return PlainCausalMask.without_padding(arguments["batch_size"], valid_length, _device(arguments))
     if padding.dim() != 2 or padding.shape[1] < valid_length:
         return None
     padding = _as_tensor(padding[:, :valid_length])

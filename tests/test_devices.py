@@ -63,13 +63,14 @@ def test_a_mask_that_moves_between_devices_is_still_known():
     from accelerate.utils import send_to_device
     from transformers.masking_utils import causal_mask_function
 
+    from hf_flashprefill import FlashPrefillConfig
     from hf_flashprefill.masking import PlainCausalMask, prefill_mask
 
     for attention_mask in (None, padding("left").bool()):
         length = prompt().shape[1]
         call = {"batch_size": 2, "kv_length": length, "kv_offset": 0, "mask_function": causal_mask_function}
         positions = {"q_length": length, "q_offset": 0, "device": torch.device("cpu")}
-        mask = prefill_mask("sdpa", 32, attention_mask=attention_mask, **call, **positions)
+        mask = prefill_mask("sdpa", FlashPrefillConfig(min_seq_len=32), attention_mask=attention_mask, **call, **positions)
         moved = send_to_device(mask, torch.device("meta"))
         assert isinstance(moved, PlainCausalMask)
         assert moved.shape == (2, length)
