@@ -219,7 +219,7 @@ def _read(path: Path) -> dict[str, Crossover]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: _checked(Crossover(**entry)) for key, entry in content.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         _warn_once(f"{path} is not a file of measurements of min_seq_len ({error}); it is ignored")
@@ -236,9 +236,10 @@ def _checked(entry: Crossover) -> Crossover:
 def _write(path: Path, measurements: dict[str, Crossover]) -> None:
     """Replace the file at once, so that nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(asdict(measured))}" for key, measured in sorted(measurements.items()))
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
         try:
-            json.dump({key: asdict(measured) for key, measured in sorted(measurements.items())}, file, indent=1)
+            file.write(f"{{\n{lines}\n}}\n")
             file.close()
             os.replace(file.name, path)
         except BaseException:

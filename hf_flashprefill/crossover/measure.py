@@ -68,6 +68,8 @@ def measure_crossover(
     config = FlashPrefillConfig() if config is None else config
     device = torch.device(device)
     lengths = lengths_to_time(device, max_seq_len)
+    if not lengths:
+        raise ValueError(f"max_seq_len must be at least {GPU_LENGTHS[0]} tokens, got {max_seq_len!r}")
     if config.backend == "reference":
         raise ValueError('backend must be "auto", "triton" or "torch" to be measured, got "reference"')
     timings: list[list[float]] = []
@@ -86,13 +88,9 @@ def measure_crossover(
 
 
 def lengths_to_time(device: torch.device, max_seq_len: int | None = None) -> tuple[int, ...]:
-    """Tokens, rising."""
+    """Tokens, rising, none above ``max_seq_len``."""
     lengths = CPU_LENGTHS if device.type == "cpu" else GPU_LENGTHS
-    if max_seq_len is None:
-        return lengths
-    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < lengths[0]:
-        raise ValueError(f"max_seq_len must be a whole number >= {lengths[0]} tokens, got {max_seq_len!r}")
-    return tuple(length for length in lengths if length <= max_seq_len)
+    return tuple(length for length in lengths if max_seq_len is None or length <= max_seq_len)
 
 
 def first_lasting_win(lengths: Sequence[int], wins: Callable[[int], bool]) -> int | None:
@@ -112,8 +110,9 @@ def first_lasting_win(lengths: Sequence[int], wins: Callable[[int], bool]) -> in
 def time_attention(shape: LayerShape, device: torch.device, config: FlashPrefillConfig, length: int) -> tuple[float, float]:
     """Median milliseconds of dense and of sparse attention of one prompt of ``length`` random tokens."""
     # Query as a projection leaves it, tokens before heads; key and value as a cache does.
-    query = torch.randn(1, length, shape.heads, shape.head_dim, device=device).to(shape.dtype).transpose(1, 2)
-    key, value = (torch.randn(1, shape.kv_heads, length, shape.head_dim, device=device).to(shape.dtype) for _ in range(2))
+    random = functools.partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
+    query = random(1, length, shape.heads, shape.head_dim).to(shape.dtype).transpose(1, 2)
+    key, value = random(2, 1, shape.kv_heads, length, shape.head_dim).to(shape.dtype).unbind()
     geometry = PrefillGeometry(1, length, length, 0, config.block_size)
     index = imposed_index(geometry, shape.heads, assumed_density(length), device, config.dense_tail_blocks)
     backend, rule, scale = resolve_backend(config.backend, query), selection_rule(config), shape.head_dim**-0.5
