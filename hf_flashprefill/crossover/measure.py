@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..block_index import BlockIndex
 from ..config import FlashPrefillConfig
-from ..functional import resolve_backend, selection_rule
+from ..functional import resolve_backend, selecting_backend, selection_rule
 from ..geometry import PrefillGeometry
 from .known import Crossover, LayerShape, remember, rule_of
 
@@ -116,14 +116,15 @@ def time_attention(shape: LayerShape, device: torch.device, config: FlashPrefill
     geometry = PrefillGeometry(1, length, length, 0, config.block_size)
     index = imposed_index(geometry, shape.heads, assumed_density(length), device, config.dense_tail_blocks)
     backend, rule, scale = resolve_backend(config.backend, query), selection_rule(config), shape.head_dim**-0.5
+    selecting = selecting_backend(config.selector, backend)
     blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
 
     def dense() -> None:
         F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def sparse() -> None:
-        pooled = backend.pool_keys(key, geometry, rule["pool_size"])
-        backend.select_blocks(query, pooled, geometry, scale=scale, **blocks, **(rule | {"alpha": 1.0}))
+        pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
+        selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **(rule | {"alpha": 1.0}))
         options = {}
         if config.correction:
             options["means"] = tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
