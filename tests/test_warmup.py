@@ -1,6 +1,11 @@
 """warmup: which kernels it calls, what it measures, and that it leaves no trace on the model."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import prompt
 from tests.inputs import tiny_model
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SHAPE = LayerShape(4, 2, 32, torch.float32)  # of tiny_model()
 
@@ -186,3 +192,23 @@ def test_an_interrupted_probe_can_be_repeated(timed, monkeypatch):
     assert known.known_crossover(known.rule_of(patched_config(model)), SHAPE, CPU) == Crossover(
         3072, 6144, True, [[length, 2.0, 1.0 if length >= 3072 else 4.0] for _, length in timed]
     )
+
+
+def test_no_prompt_compiles_what_warmup_has_not():
+    """By the keys under which Triton keeps compiled kernels; every length, batch and layout of a prompt must find its own."""
+    # A process of its own: here, kernels may belong to the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.specialisations"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["selector"], row["head_dim"]) for row in found] == [
+        ("share", 80),
+        ("share", 128),
+        ("share", 64),
+        ("flashprefill", 128),
+    ]
+    for row in found:
+        assert row["missed"] == [], row
+        # Three kernels, and the Hopper one for 16-bit tensors of its head dims, each with padding and without.
+        assert row["warmed"] == row["met"] == (8 if row["head_dim"] == 128 else 6), row
