@@ -16,6 +16,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .audit import start_audit
+from .block_index import BlockIndex
 from .config import FlashPrefillConfig
 from .custom_op import config_to_json, sparse_prefill
 from .functional import DTYPES, flash_prefill_attention
@@ -108,25 +110,38 @@ def prefill_attention(
 # After a graph break dynamo would compile this alone, though it was called because nothing is being compiled.
 @torch.compiler.disable
 def _sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks) -> torch.Tensor:
+    config, record = settings.of_layer(module).config, record_sparse(module)
+    audit = start_audit(config, query, key, scale, sliding_window, sinks)
+
+    def on_index(index: BlockIndex) -> None:
+        record.add_index(index)
+        if audit is not None:
+            audit.add_index(index)
+
     output = flash_prefill_attention(
         query,
         key,
         value,
-        config=settings.of_layer(module).config,
+        config=config,
         scale=scale,
         valid_ranges=valid_ranges,
         sliding_window=sliding_window,
         sinks=sinks,
-        on_index=record_sparse(module).add_index,
+        on_index=on_index,
     )
+    if audit is not None:
+        record.add_audit(audit.dropped(), config.audit_limit)
+        record.check_audit()
     return output.transpose(1, 2).contiguous()
 
 
 def _compiled_sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks) -> torch.Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    config = settings.of_layer(module).json
-    output, kept, visible = sparse_prefill(query, key, value, valid_ranges, config, scale, sliding_window, sinks)
-    record_compiled_sparse(module, kept, visible)
+    config, text = settings.of_layer(module)
+    output, kept, visible, dropped = sparse_prefill(query, key, value, valid_ranges, text, scale, sliding_window, sinks)
+    record = record_compiled_sparse(module, kept, visible)
+    if config.audit_rows and sliding_window is None:
+        record.add_audit(dropped, config.audit_limit)
     return output
 
 

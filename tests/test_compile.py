@@ -38,12 +38,13 @@ def tensors(query_len: int = 300, kv_len: int = 400) -> tuple[torch.Tensor, torc
 def test_the_op_is_the_operator():
     query, key, value = tensors()
     expected, index = flash_prefill_attention(query, key, value, config=SPARSE, scale=0.2, return_index=True)
-    output, kept, visible = sparse_prefill(query, key, value, None, config_to_json(SPARSE), 0.2)
+    output, kept, visible, dropped = sparse_prefill(query, key, value, None, config_to_json(SPARSE), 0.2)
     assert torch.equal(output, expected.transpose(1, 2))
     assert output.is_contiguous()
     assert kept.tolist() == index.counts.sum((0, 2)).tolist()
     assert int(visible) == int(index.visible_total())
     assert kept.sum() < visible * 4
+    assert dropped.tolist() == [0, 0, 0]
 
 
 def test_the_op_keeps_the_rules_of_custom_ops():
