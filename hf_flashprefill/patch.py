@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -122,6 +122,31 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
             part.set_implementation(previous)
 
 
+@contextlib.contextmanager
+def attention_replaced(
+    model: nn.Module, config: FlashPrefillConfig, attention: Callable[..., Any] = prefill_attention
+) -> Iterator[PreTrainedModel]:
+    """For a ``with`` block, layers call ``attention(settings, module, query, ...)`` as those of a patched model do.
+
+    The block gets the transformers model inside of ``model``, with empty statistics. Afterwards the model and its
+    statistics are as before, also after an exception.
+    """
+    part = _SeamPart.of(model)
+    part.require_supported()
+    part.require_layers(config)
+    previous, records, name = part.implementation, saved_records(part.model), f"{NAME}_replaced"
+    try:
+        part.set_implementation(_register(PrefillSettings(config, part.base), name, attention))
+        reset_prefill_stats(part.model)
+        yield part.model
+    finally:
+        if part.implementation != previous:
+            part.set_implementation(previous)
+        restore_records(records)
+        for registry in (_SETTINGS, AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
+            registry.pop(name, None)
+
+
 def register_attention(config: FlashPrefillConfig | None = None, *, base: str = "sdpa") -> str:
     """Register settings as an attention implementation and return its name, ``"block_sparse_prefill"``.
 
@@ -153,13 +178,13 @@ def _merged_config(alpha: float | None, config: ConfigLike | None, overrides: di
     return replace(config, **overrides)
 
 
-def _register(settings: PrefillSettings, name: str | None = None) -> str:
+def _register(settings: PrefillSettings, name: str | None = None, attention: Callable[..., Any] = prefill_attention) -> str:
     if name is None:
         content = json.dumps([settings.config.to_dict(), settings.base], sort_keys=True)
         name = f"{NAME}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     _SETTINGS[name] = settings
     AttentionMaskInterface.register(name, functools.partial(prefill_mask, settings.base, settings.config.min_seq_len))
-    AttentionInterface.register(name, functools.partial(prefill_attention, settings))
+    AttentionInterface.register(name, functools.partial(attention, settings))
     return name
 
 
