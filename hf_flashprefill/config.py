@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-SELECTORS = ("share", "peak", "flashprefill")
+SELECTORS = ("share", "peak", "flashprefill", "topk", "topp")
+# They sort each row of scores. No kernel does that: torch selects for them on every device, and only attention is fast.
+SORTING_SELECTORS = ("topk", "topp")
 BACKENDS = ("auto", "triton", "torch", "reference")
 BLOCK_SIZES = (64, 128)
 POOL_SIZES = (4, 8, 16, 32)
@@ -30,9 +32,12 @@ class FlashPrefillConfig:
             ``"peak"``: the same score, kept from ``alpha`` times the query block's largest on.
             ``"flashprefill"``: the published rule (arXiv 2603.06199): energies of block means, summed over the block's
             queries, kept from ``alpha`` times the largest on.
-        pool_size: Tokens averaged into one pooled key by ``"share"`` and ``"peak"``: 4, 8, 16 or 32. Half as many cost
-            twice the time and find answers that a coarser pool averages away.
-        query_stride: Of how many queries one probes, for ``"share"`` and ``"peak"``: a power of two up to 64.
+            ``"topk"``, ``"topp"``: baselines to compare with, slow to select. The first drops the fraction ``alpha`` of the
+            visible blocks that have the smallest shares; the second drops the blocks with the least mass, as the same
+            probe estimates it, as long as they hold less than ``alpha`` of it together.
+        pool_size: Tokens averaged into one pooled key by every selector but ``"flashprefill"``: 4, 8, 16 or 32. Half as many
+            cost twice the time and find answers that a coarser pool averages away.
+        query_stride: Of how many queries one probes, for the same selectors: a power of two up to 64.
         block_size: Tokens in a query block and in a key block, 64 or 128.
         sink_blocks: Blocks at the start of the prompt that are always kept, >= 0.
         window_blocks: Blocks up to and including the query's own that are always kept, >= 1.

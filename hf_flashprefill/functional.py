@@ -11,7 +11,7 @@ import torch
 
 from . import reference
 from .block_index import BlockIndex
-from .config import FlashPrefillConfig
+from .config import SORTING_SELECTORS, FlashPrefillConfig
 from .geometry import PrefillGeometry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -109,13 +109,14 @@ def flash_prefill_attention(
             # Padding rows are nobody's to write, so they must start as zeros.
             fill = torch.empty if valid_ranges is None else torch.zeros
             output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+            selecting = selecting_backend(config.selector, backend)
             if window is None:
-                pooled = backend.pool_keys(key, geometry, rule["pool_size"])
+                pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
             if correction:
                 options["means"] = tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
             for first, count in _rounds(geometry, heads):
                 if window is None:
-                    index = backend.select_blocks(
+                    index = selecting.select_blocks(
                         query, pooled, geometry, scale=scale, first_query_block=first, query_blocks=count, **rule
                     )
                 else:
@@ -147,6 +148,15 @@ def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
         # The published rule pools whole blocks and asks every query.
         rule |= {"pool_size": config.block_size, "query_stride": 1}
     return rule
+
+
+def selecting_backend(selector: str, backend: ModuleType) -> ModuleType:
+    """The module whose ``pool_keys`` and ``select_blocks`` serve a selector when ``backend`` attends."""
+    if selector not in SORTING_SELECTORS:
+        return backend
+    from .backends import torch as torch_backend
+
+    return torch_backend
 
 
 def resolve_backend(name: str, query: torch.Tensor) -> ModuleType:

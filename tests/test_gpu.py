@@ -78,7 +78,7 @@ def test_selection_disagrees_only_within_rounding(dtype):
             torch.float64,
         )
         margin = energies - energies.amax(-1, keepdim=True) - torch.tensor(alpha).log2()
-        rule = {"alpha": alpha, "is_relative": True}
+        rule = {"alpha": alpha, "selector": "flashprefill"}
         expected = reference.kept_blocks(energies, 0, **rule, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
         wrong = index.to_mask()[0] != expected
         assert margin[wrong].abs().le(1e-3).all()
@@ -100,10 +100,11 @@ def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     index.validate()
     pooled = reference.pooled_keys(key[0], pool_size)
     positions = torch.arange(96, 4096, device="cuda")
-    scores = reference.block_shares(query[0], positions, pooled, 4096, 128, pool_size, query_stride, 128**-0.5, torch.float64)
-    is_relative = selector == "peak"
-    expected = reference.kept_blocks(scores, 0, alpha=alpha, is_relative=is_relative, **forced)
-    margin = scores - (scores.amax(-1, keepdim=True) if is_relative else 0.0) - torch.tensor(alpha).log2()
+    probed = reference.probe_shares(query[0], positions, pooled, 4096, pool_size, query_stride, 128**-0.5, torch.float64)
+    first_block = (4096 - 4000) // 128
+    scores = reference.block_shares(*probed, first_block, 128, pool_size)
+    expected = reference.kept_blocks(scores, first_block, selector=selector, alpha=alpha, **forced)
+    margin = scores - (scores.amax(-1, keepdim=True) if selector == "peak" else 0.0) - torch.tensor(alpha).log2()
     wrong = index.to_mask()[0] != expected
     assert margin[wrong].abs().le(1e-3).all()
     assert 0.02 < expected.float().mean() < 0.6, "the threshold must have had something to decide"
