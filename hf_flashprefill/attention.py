@@ -38,7 +38,7 @@ FOREIGN_ARGUMENTS = {
     "cache": "continuous batching",
 }
 
-# A graph cannot look into a mask, at a static cache's length or into a window's mask function to see what the call is.
+# A graph cannot look into a mask or at a static cache's length to see that the call is plain causal.
 COMPILED_MASK = "mask unknown while compiling"
 
 
@@ -103,7 +103,7 @@ def prefill_attention(
             settings.base, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     sparse = _compiled_sparse_attention if torch.compiler.is_compiling() else _sparse_attention
-    what_is_seen = (attention_mask.valid_ranges(), attention_mask.sliding_window, kwargs.get("s_aux"))
+    what_is_seen = (attention_mask.valid_ranges(), type(attention_mask).sliding_window, kwargs.get("s_aux"))
     return sparse(settings, module, query, key, value, scaling, *what_is_seen), None
 
 
@@ -184,7 +184,7 @@ def dense_reason(
     if key_len > key.shape[2]:
         return "mask is longer than the keys"
     window = kwargs.get("sliding_window") or key_len
-    if (window if window < key_len else None) != attention_mask.sliding_window:
+    if (window if window < key_len else None) != type(attention_mask).sliding_window:
         return "the layer's window is not the mask's"
     if value.shape != key.shape or key.shape[-1] != query.shape[-1]:
         return "value head_dim differs"

@@ -7,6 +7,7 @@ call finds finished.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 
@@ -81,11 +82,11 @@ class HostCopy:
         return self._tensor if self._event is None or self._event.query() else None
 
 
+@dataclass
 class Alarm:
     """One warning for all layers that share it."""
 
-    def __init__(self) -> None:
-        self.has_rung = False
+    has_rung: bool = False
 
     def check(self, dropped: float, limit: float) -> None:
         """Warn if a layer dropped a larger share than ``limit`` and no layer has before."""
@@ -94,5 +95,5 @@ class Alarm:
             warnings.warn(
                 f"sparse prefill dropped {dropped:.1%} of the attention of a layer's audited queries, above "
                 f"audit_limit={limit:g}; prefill_stats(model) shows every layer. Lower alpha or calibrate it.",
-                stacklevel=3,
+                stacklevel=4,
             )

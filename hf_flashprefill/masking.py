@@ -88,7 +88,7 @@ def base_mask_for(base: str, mask: CausalMask, query: torch.Tensor, config: Any)
     Keys must have been cut to the mask's length first.
     """
     (batch, valid_length), query_length = mask.shape, query.shape[2]
-    offset, window = valid_length - query_length, mask.sliding_window
+    offset, window = valid_length - query_length, type(mask).sliding_window
     arguments = {
         "batch_size": batch,
         "kv_length": valid_length,
@@ -119,19 +119,41 @@ def _query_span(arguments: dict[str, Any]) -> tuple[int, Any]:
 
 
 def _compiled_mask(arguments: dict[str, Any]) -> CausalMask | None:
-    """The marker for a causal call, as far as it is known without reading a tensor or looking into a function, which a graph
-    cannot do."""
+    """The marker for a causal call, as far as it is known without reading a tensor, which a graph cannot do."""
     query_length, query_offset = _query_span(arguments)
-    known = (
-        arguments.get("mask_function", causal_mask_function) is causal_mask_function
-        and arguments.get("local_size") is None
-        and arguments.get("attention_mask") is None
-        and not isinstance(query_offset, torch.Tensor)
-        and not _is_nonzero(arguments.get("kv_offset", 0))
-    )
-    if not known:
+    if arguments.get("attention_mask") is not None or isinstance(query_offset, torch.Tensor):
         return None
-    return CausalMask.without_padding(arguments["batch_size"], query_offset + query_length, arguments["device"])
+    plain_up_to, window = _compiled_locality(arguments)
+    valid_length = query_offset + query_length
+    if _is_nonzero(arguments.get("kv_offset", 0)) or (valid_length > plain_up_to and window is None):
+        return None
+    marker = CausalMask if valid_length <= plain_up_to else _constant_mask_class(window)
+    return marker.without_padding(arguments["batch_size"], valid_length, arguments["device"])
+
+
+def _compiled_locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
+    """``_locality`` without looking into a closure, which a graph cannot do.
+
+    transformers allows the mask to be skipped only if it put nothing around the window, and the config tells a window from
+    chunks.
+    """
+    function, local_size = arguments.get("mask_function", causal_mask_function), arguments.get("local_size")
+    if function is causal_mask_function and local_size is None:
+        return math.inf, None
+    config = arguments["config"]
+    is_window = (
+        getattr(function, "__code__", None) is _WINDOWED.__code__
+        and arguments.get("allow_is_causal_skip", False)
+        and local_size == getattr(config, "sliding_window", None)
+        and getattr(config, "attention_chunk_size", None) is None
+    )
+    return (local_size, local_size) if is_window else (0, None)
+
+
+# A graph cannot make a class.
+@torch._dynamo.assume_constant_result
+def _constant_mask_class(sliding_window: int) -> type[CausalMask]:
+    return _mask_class(sliding_window)
 
 
 def _is_nonzero(value: Any) -> bool:

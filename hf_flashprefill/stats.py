@@ -37,7 +37,8 @@ class LayerRecord:
     audit: torch.Tensor | None = None
     audit_limit: float = 1.0
     audit_copy: HostCopy | None = None
-    alarm: Alarm = field(default_factory=Alarm)
+    # Made when it is needed: a compiled graph that makes a record can make no such object.
+    alarm: Alarm | None = None
 
     def __deepcopy__(self, memo: dict) -> LayerRecord:
         return LayerRecord(self.revive)
@@ -70,13 +71,18 @@ class LayerRecord:
 
     def check_audit(self) -> None:
         """Warn if the audit of earlier calls is above its limit, as far as that has reached the host. Never waits."""
-        if self.alarm.has_rung:
+        if self.alarm is not None and self.alarm.has_rung:
             return
         arrived = None if self.audit_copy is None else self.audit_copy.arrived()
         if arrived is not None:
-            self.alarm.check(_mean_dropped(arrived), self.audit_limit)
+            self.warn_above_limit(_mean_dropped(arrived))
         if arrived is not None or self.audit_copy is None:
             self.audit_copy = HostCopy(self.audit)
+
+    def warn_above_limit(self, dropped: float) -> None:
+        if self.alarm is None:
+            self.alarm = Alarm()
+        self.alarm.check(dropped, self.audit_limit)
 
 
 def _mean_dropped(audit: torch.Tensor) -> float:
@@ -243,7 +249,7 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
         record = _known_record(module)
         if record is not None and record.was_called:
             layers.append(layer_stats(module, getattr(module, "layer_idx", len(layers))))
-            record.alarm.check(layers[-1].dropped_mass or 0.0, record.audit_limit)
+            record.warn_above_limit(layers[-1].dropped_mass or 0.0)
     return PrefillStats(layers)
 
 
@@ -279,7 +285,7 @@ def reset_layer(module: nn.Module, alarm: Alarm | None = None) -> None:
     _PAST.pop(module, None)
     record = module.__dict__.get(ATTRIBUTE)
     if record is not None:
-        setattr(module, ATTRIBUTE, LayerRecord(record.revive, alarm=alarm or Alarm()))
+        setattr(module, ATTRIBUTE, LayerRecord(record.revive, alarm=alarm))
 
 
 def _known_record(module: nn.Module) -> LayerRecord | None:

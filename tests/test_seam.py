@@ -68,19 +68,6 @@ def test_short_prompts_stay_dense_to_the_bit(base):
     assert "shorter than min_seq_len" in str(prefill_stats(model))
 
 
-@pytest.mark.parametrize(("window", "sparse"), [(LENGTH, True), (LENGTH - 1, False)])
-@pytest.mark.parametrize("base", ["sdpa", "eager"])
-@torch.no_grad()
-def test_windows_no_shorter_than_the_prompt_are_plain_causal(window, sparse, base):
-    model = tiny_model("mistral", base, sliding_window=window)
-    ids, mask = prompt(2), padding("left")
-    expected = model(ids, attention_mask=mask).logits[mask.bool()]
-    patch_model(model, alpha=0, **SETTINGS)
-    assert_same_output(model(ids, attention_mask=mask).logits[mask.bool()], expected)
-    stats = prefill_stats(model)
-    assert (stats.sparse_calls, stats.dense_calls) == ((2, {}) if sparse else (0, {"sliding window": 2}))
-
-
 @pytest.mark.parametrize(("chunk", "sparse_calls"), [(LENGTH, 2), (LENGTH - 1, 1)])
 @torch.no_grad()
 def test_attention_chunks_no_shorter_than_the_prompt_are_plain_causal(chunk, sparse_calls):
