@@ -72,13 +72,13 @@ def imposed_index(
     return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
 
 
-def median_ms(run: Callable[[], object], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median and quartiles of ``run`` in milliseconds, after one unmeasured run."""
+def median_ms(run: Callable[[], object], device: torch.device, seconds: float, least: int = 5) -> dict[str, float]:
+    """Median and quartiles of ``run`` in milliseconds, after one unmeasured run; of at least ``least`` runs, two or more."""
     run()
     times: list[float] = []
     _synchronize(device)
     until = time.perf_counter() + seconds
-    while len(times) < 5 or (time.perf_counter() < until and len(times) < 200):
+    while len(times) < least or (time.perf_counter() < until and len(times) < 200):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

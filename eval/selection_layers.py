@@ -16,6 +16,9 @@ from hf_flashprefill import BlockIndex
 from hf_flashprefill.functional import resolve_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
+# Of each stage on each layer; the medians that are shown are over all layers and prompts.
+RUNS = 3
+
 
 @dataclass
 class LayerMeasurements:
@@ -67,7 +70,11 @@ class LayerObserver:
     ) -> None:
         backend, device = resolve_backend(point.config.backend, tensors.query), tensors.query.device
         runs = stage_runs(backend, tensors, index, point.config, scale)
-        seconds = {stage: median_ms(run, device, 0.0)["median_ms"] / 1e3 for stage, run in runs.items() if stage != "attend"}
+        seconds = {
+            stage: median_ms(run, device, 0.0, least=RUNS)["median_ms"] / 1e3
+            for stage, run in runs.items()
+            if stage != "attend"
+        }
         results.index_seconds[layer] = seconds["pool"] + seconds["select"]
         results.operator_seconds[layer] = seconds["operator"]
 
