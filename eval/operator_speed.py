@@ -36,7 +36,7 @@ from eval import common
 from eval.pictures import draw_operator
 from eval.schema import Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
-from hf_flashprefill.config import SELECTORS
+from hf_flashprefill.config import SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.functional import resolve_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
@@ -47,6 +47,7 @@ SDPA_BACKENDS = {
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
 }
+KERNEL_SELECTORS = [name for name in SELECTORS if name not in SORTING_SELECTORS]
 BASELINES = (*SDPA_BACKENDS, "flex")
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -229,7 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
     parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full (default: %(default)s)")
-    parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=["share", "flashprefill"])
+    parser.add_argument("--selectors", nargs="+", choices=KERNEL_SELECTORS, default=["share", "flashprefill"])
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -89,6 +89,27 @@ class BlockIndex:
         return BlockIndex(indices[..., :-1].contiguous(), counts, geometry, first_query_block)
 
     @staticmethod
+    def of_window(
+        geometry: PrefillGeometry,
+        heads: int,
+        sliding_window: int,
+        first_query_block: int,
+        query_blocks: int,
+        device: torch.device,
+    ) -> BlockIndex:
+        """Lists of every block that a sliding window of ``sliding_window`` tokens touches, the same for each head."""
+        block_size = geometry.block_size
+        visible = geometry.visible_counts(device)[:, first_query_block : first_query_block + query_blocks]
+        # The first query of a block looks back farthest.
+        first = torch.div((visible - 1) * block_size - sliding_window + 1, block_size, rounding_mode="floor").clamp(min=0)
+        counts = (visible - first).clamp(min=0)
+        width = -(-(sliding_window - 1) // block_size) + 1
+        indices = first[..., None] + torch.arange(width, device=device)
+        shape = (geometry.batch, heads, query_blocks)
+        indices = indices[:, None].expand(*shape, width).to(torch.int32, memory_format=torch.contiguous_format)
+        return BlockIndex(indices, counts[:, None].expand(shape).to(torch.int32).contiguous(), geometry, first_query_block)
+
+    @staticmethod
     def concatenate(parts: list[BlockIndex]) -> BlockIndex:
         """One index of consecutive parts of the same call."""
         if len(parts) == 1:

@@ -7,7 +7,9 @@ import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
-SELECTORS = ("share", "peak", "flashprefill")
+SELECTORS = ("share", "peak", "flashprefill", "topk", "topp")
+# They sort each row of scores. No kernel does that: torch selects for them on every device, and only attention is fast.
+SORTING_SELECTORS = ("topk", "topp")
 BACKENDS = ("auto", "triton", "torch", "reference")
 BLOCK_SIZES = (64, 128)
 POOL_SIZES = (4, 8, 16, 32)
@@ -27,14 +29,19 @@ class FlashPrefillConfig:
             ``"peak"``: the same score, kept from ``alpha`` times the query block's largest on.
             ``"flashprefill"``: the published rule (arXiv 2603.06199): energies of block means, summed over the block's
             queries, kept from ``alpha`` times the largest on.
-        pool_size: Tokens averaged into one pooled key by ``"share"`` and ``"peak"``: 4, 8, 16 or 32. Half as many cost
-            twice the time and find answers that a coarser pool averages away.
-        query_stride: Of how many queries one probes, for ``"share"`` and ``"peak"``: a power of two up to 64.
+            ``"topk"``, ``"topp"``: baselines to compare with, slow to select. The first drops the fraction ``alpha`` of the
+            visible blocks that have the smallest shares; the second drops the blocks with the least mass, as the same
+            probe estimates it, as long as they hold less than ``alpha`` of it together.
+        pool_size: Tokens averaged into one pooled key by every selector but ``"flashprefill"``: 4, 8, 16 or 32. Half as many
+            cost twice the time and find answers that a coarser pool averages away.
+        query_stride: Of how many queries one probes, for the same selectors: a power of two up to 64.
         block_size: Tokens in a query block and in a key block, 64 or 128.
         sink_blocks: Blocks at the start of the prompt that are always kept, >= 0.
         window_blocks: Blocks up to and including the query's own that are always kept, >= 1.
         dense_tail_blocks: Query blocks at the end of the prompt that see every block, >= 0. In a prefill in chunks each
             chunk's end counts, because a chunk does not tell whether another follows.
+        correction: Whether each dropped block takes part in the softmax through its mean key and mean value, weighted by its
+            tokens (FlashPrefill V2). Has no Hopper kernel yet: attention runs in the portable one.
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0. On one H200 the operator was
             0.62 times as fast as cuDNN's dense attention at 4096 tokens and 1.43 times at 8192.
         dense_layers: Layers, counted from 0, that stay dense.
@@ -54,6 +61,7 @@ class FlashPrefillConfig:
     sink_blocks: int = 2
     window_blocks: int = 4
     dense_tail_blocks: int = 2
+    correction: bool = False
     min_seq_len: int = 8192
     dense_layers: tuple[int, ...] = ()
     backend: str = "auto"
@@ -70,6 +78,8 @@ class FlashPrefillConfig:
             _require_choice(name, getattr(self, name), choices)
         for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0), ("min_seq_len", 0)):
             _require_integer(name, getattr(self, name), least)
+        if not isinstance(self.correction, bool):
+            raise TypeError(f"correction must be True or False, got {self.correction!r}")
         if isinstance(self.dense_layers, (str, bytes)) or not hasattr(self.dense_layers, "__iter__"):
             raise TypeError(f"dense_layers must be a sequence of layer numbers, got {self.dense_layers!r}")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))

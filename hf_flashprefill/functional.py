@@ -11,7 +11,7 @@ import torch
 
 from . import reference
 from .block_index import BlockIndex
-from .config import FlashPrefillConfig
+from .config import SORTING_SELECTORS, FlashPrefillConfig
 from .geometry import PrefillGeometry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,6 +37,8 @@ def flash_prefill_attention(
     scale: float | None = None,
     query_offset: int | None = None,
     valid_ranges: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
     return_index: bool = False,
     on_index: Callable[[BlockIndex], None] | None = None,
 ) -> torch.Tensor | PrefillOutput:
@@ -57,6 +59,11 @@ def flash_prefill_attention(
             chunks and continuations of a cached prefix.
         valid_ranges: Integers [B, 2]: each row's first valid buffer position and the one after its last. The values lie
             in 0..Skv; they are read on the device only. None if nothing is padding.
+        sliding_window: Tokens, >= 1: a query sees itself and the keys up to ``sliding_window - 1`` tokens before it. If the
+            window is shorter than Skv, every block in it is kept and the result is exact, at a cost that grows with
+            Sq * sliding_window. None, or a longer window, leaves the choice to the selector.
+        sinks: [Hq] on the query's device: a logit per head that takes part in every softmax and has no value, as in
+            gpt-oss. Selection does not see it.
         return_index: Also return the lists of kept blocks.
         on_index: Called with the lists as they are made, a part of a long prompt's query blocks at a time, which never
             holds all of them.
@@ -73,6 +80,8 @@ def flash_prefill_attention(
     if not isinstance(config, FlashPrefillConfig):
         raise TypeError(f"config must be a FlashPrefillConfig, got {type(config).__name__}")
     geometry = _checked_geometry(query, key, value, config.block_size, query_offset, valid_ranges)
+    window = _checked_window(sliding_window, geometry.kv_len)
+    sinks = None if sinks is None else _checked_sinks(sinks, query)
     scale = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
     backend = resolve_backend(config.backend, query)
     rule = selection_rule(config)
@@ -84,22 +93,35 @@ def flash_prefill_attention(
         if on_index is not None:
             on_index(index)
 
+    batch, heads, query_len, head_dim = query.shape
+    options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
+    # A window keeps all it sees, and what it does not see must not come back as a mean.
+    correction = config.correction and window is None
     with torch.no_grad():
         if backend is reference:
-            index = reference.select_blocks(query, key, geometry, scale=scale, **rule)
-            output = reference.attend_blocks(query, key, value, index, scale=scale).to(query.dtype)
+            if window is None:
+                index = reference.select_blocks(query, key, geometry, scale=scale, **rule)
+            else:
+                index = BlockIndex.of_window(geometry, heads, window, 0, geometry.query_blocks, query.device)
+            output = reference.attend_blocks(query, key, value, index, correction=correction, **options).to(query.dtype)
             report(index)
         else:
             # Padding rows are nobody's to write, so they must start as zeros.
             fill = torch.empty if valid_ranges is None else torch.zeros
-            batch, heads, query_len, head_dim = query.shape
             output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-            pooled = backend.pool_keys(key, geometry, rule["pool_size"])
+            selecting = selecting_backend(config.selector, backend)
+            if window is None:
+                pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
+            if correction:
+                options["means"] = tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
             for first, count in _rounds(geometry, heads):
-                index = backend.select_blocks(
-                    query, pooled, geometry, scale=scale, first_query_block=first, query_blocks=count, **rule
-                )
-                backend.attend_blocks(query, key, value, index, scale=scale, output=output)
+                if window is None:
+                    index = selecting.select_blocks(
+                        query, pooled, geometry, scale=scale, first_query_block=first, query_blocks=count, **rule
+                    )
+                else:
+                    index = BlockIndex.of_window(geometry, heads, window, first, count, query.device)
+                backend.attend_blocks(query, key, value, index, output=output, **options)
                 report(index)
     return PrefillOutput(output, BlockIndex.concatenate(parts)) if return_index else output
 
@@ -112,6 +134,15 @@ def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
         # The published rule pools whole blocks and asks every query.
         rule |= {"pool_size": config.block_size, "query_stride": 1}
     return rule
+
+
+def selecting_backend(selector: str, backend: ModuleType) -> ModuleType:
+    """The module whose ``pool_keys`` and ``select_blocks`` serve a selector when ``backend`` attends."""
+    if selector not in SORTING_SELECTORS:
+        return backend
+    from .backends import torch as torch_backend
+
+    return torch_backend
 
 
 def resolve_backend(name: str, query: torch.Tensor) -> ModuleType:
@@ -196,6 +227,25 @@ def _checked_geometry(
             raise ValueError(f"valid_ranges must have shape ({batch}, 2), got {_shape(valid_ranges)}")
         valid_ranges = valid_ranges.to(device=query.device, dtype=torch.int32)
     return PrefillGeometry(batch, query_len, kv_len, query_offset, block_size, valid_ranges)
+
+
+def _checked_window(sliding_window: int | None, kv_len: int) -> int | None:
+    """The window if it hides any key of the call."""
+    if sliding_window is None:
+        return None
+    if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
+        raise TypeError(f"sliding_window must be an int >= 1 or None, got {sliding_window!r}")
+    if sliding_window < 1:
+        raise ValueError(f"sliding_window must be >= 1, got {sliding_window}")
+    return sliding_window if sliding_window < kv_len else None
+
+
+def _checked_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
+        raise TypeError("sinks must be a floating-point tensor [heads]")
+    if sinks.shape != query.shape[1:2] or sinks.device != query.device:
+        raise ValueError(f"sinks must have shape ({query.shape[1]},) on {query.device}, got {_shape(sinks)} on {sinks.device}")
+    return sinks.to(torch.float32)
 
 
 def _checked_scale(scale: float) -> float:

@@ -61,28 +61,26 @@ def block_energies(
     return torch.stack([(rows * math.log(2)).logsumexp(1) / math.log(2) for rows in per_block], dim=1)
 
 
-def block_shares(
+def probe_shares(
     queries: torch.Tensor,
     positions: torch.Tensor,
     pooled: torch.Tensor,
     key_count: int,
-    block_size: int,
     pool_size: int,
     query_stride: int,
     scale: float,
     dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """log2 of the largest share that a probing query of query block I gives a pooled key of block J: [Hq, M, N].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log2 of the share that each probing query gives each pooled key [Hq, R', P], and the queries' positions [R'].
 
     Every run of ``query_stride`` positions probes with its last query. A query sees a pooled key when it sees all of its
-    tokens; its shares are a softmax over the pooled keys it sees. Pairs that no probing query sees are -inf.
+    tokens; its shares are a softmax over the pooled keys it sees. Pairs that are not seen are -inf.
 
     Args:
         queries: [Hq, R, D].
         positions: int64 [R], rising by one; query r stands at key ``positions[r]``.
         pooled: [Hkv, P, D].
         key_count: Keys S of the row.
-        block_size: Tokens per block.
         pool_size: Tokens per pooled key.
         query_stride: Positions per probing query.
         scale: Multiplies the dot product.
@@ -92,39 +90,74 @@ def block_shares(
     run = positions // query_stride
     is_last = torch.ones_like(run, dtype=torch.bool)
     is_last[:-1] = run[1:] != run[:-1]
-    queries, positions, first_block = queries[:, is_last], positions[is_last], int(positions[0]) // block_size
+    queries, positions = queries[:, is_last], positions[is_last]
     logits = queries.to(dtype) @ pooled.to(dtype).repeat_interleave(group, 0).transpose(1, 2) * (scale * math.log2(math.e))
     last_token = torch.arange(1, pooled.shape[1] + 1, device=queries.device) * pool_size - 1
     logits = logits.masked_fill(positions[:, None] < last_token.clamp(max=key_count - 1), -math.inf)
     # A query that sees no pooled key yet has no shares to give.
     sums = (logits * math.log(2)).logsumexp(-1, keepdim=True) / math.log(2)
-    shares = (logits - sums.nan_to_num(neginf=0.0)).masked_fill(sums == -math.inf, -math.inf)
+    return (logits - sums.nan_to_num(neginf=0.0)).masked_fill(sums == -math.inf, -math.inf), positions
+
+
+def block_shares(
+    shares: torch.Tensor, positions: torch.Tensor, first_block: int, block_size: int, pool_size: int
+) -> torch.Tensor:
+    """log2 of the largest share that a probing query of query block I gives a pooled key of block J: [Hq, M, N].
+
+    ``shares`` [Hq, R', P] and ``positions`` [R'] are those of ``probe_shares``; M counts from ``first_block``.
+    """
     per_block = torch.stack([part.amax(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
     blocks = positions // block_size - first_block
     return torch.stack([per_block[:, blocks == block].amax(1) for block in range(int(blocks[-1]) + 1)], dim=1)
+
+
+def block_masses(
+    shares: torch.Tensor, positions: torch.Tensor, first_block: int, block_size: int, pool_size: int
+) -> torch.Tensor:
+    """Sum over block J's pooled keys of the shares that the probing queries of block I give, over those queries: [Hq, M, N]."""
+    per_block = torch.stack([part.exp2().sum(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
+    blocks = positions // block_size - first_block
+    return torch.stack([per_block[:, blocks == block].sum(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 
 def kept_blocks(
     scores: torch.Tensor,
     first_block: int,
     *,
+    selector: str,
     alpha: float,
-    is_relative: bool,
     sink_blocks: int,
     window_blocks: int,
     dense_tail_blocks: int,
 ) -> torch.Tensor:
-    """The threshold: log2 scores [Hq, M, N] -> kept blocks, bool [Hq, M, N].
+    """Scores [Hq, M, N] -> kept blocks, bool [Hq, M, N].
 
-    Block J is kept for query block I (counted from ``first_block``) when its score is at least ``alpha``, or ``alpha``
-    times the row's largest if ``is_relative``; or J is among the first ``sink_blocks``, or I - J < ``window_blocks``, or
-    I is among the row's last ``dense_tail_blocks``; and J <= I.
+    Block J is kept for query block I (counted from ``first_block``) when the selector says so; or J is among the first
+    ``sink_blocks``, or I - J < ``window_blocks``, or I is among the row's last ``dense_tail_blocks``; and J <= I.
+
+    ``"share"``: its score, a log2, is at least ``alpha``. ``"peak"`` and ``"flashprefill"``: at least ``alpha`` times the
+    row's largest. ``"topk"``: it is among the largest 1 - ``alpha`` of the visible blocks, rounded up. ``"topp"``: it and all
+    blocks with less mass have at least ``alpha`` of the row's mass.
     """
     tiles, count = scores.shape[1:]
     query_block = torch.arange(first_block, first_block + tiles, device=scores.device)[:, None]
     key_block = torch.arange(count, device=scores.device)[None, :]
     log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
-    kept = scores >= (scores.amax(-1, keepdim=True) if is_relative else 0.0) + log_alpha
+    if selector == "share":
+        kept = scores >= log_alpha
+    elif selector == "topk":
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        for row in range(tiles):
+            visible = first_block + row + 1
+            # Ties go to the earlier block.
+            order = scores[:, row, :visible].sort(dim=-1, descending=True, stable=True).indices
+            kept[:, row].scatter_(-1, order[:, : math.ceil((1 - alpha) * visible)], True)
+    elif selector == "topp":
+        masses, order = scores.sort(dim=-1, stable=True)
+        reached = masses.cumsum(-1) >= alpha * masses.sum(-1, keepdim=True)
+        kept = torch.zeros_like(reached).scatter_(-1, order, reached)
+    else:
+        kept = scores >= scores.amax(-1, keepdim=True) + log_alpha
     kept = kept | (key_block < sink_blocks) | (query_block - key_block < window_blocks)
     kept = kept | (query_block >= first_block + tiles - dense_tail_blocks)
     return kept & (key_block <= query_block)
@@ -138,21 +171,54 @@ def row_attention(
     kept: torch.Tensor,
     block_size: int,
     scale: float,
+    *,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    correction: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Exact causal attention over the kept blocks: [Hq, R, D] and [Hkv, S, D] -> [Hq, R, D] in ``dtype``."""
+    """Exact causal attention over the kept blocks: [Hq, R, D] and [Hkv, S, D] -> [Hq, R, D] in ``dtype``.
+
+    Args:
+        queries: [Hq, R, D].
+        positions: int64 [R], rising by one; query r stands at key ``positions[r]``.
+        keys: [Hkv, S, D].
+        values: [Hkv, S, D].
+        kept: bool [Hq, M, N].
+        block_size: Tokens per block.
+        scale: Multiplies the dot product.
+        sliding_window: Tokens; a query sees itself and the keys up to ``sliding_window - 1`` tokens before it.
+        sinks: [Hq]; a logit per head that takes part in the softmax and has no value.
+        correction: Whether each dropped block before the query's own enters the softmax as ``block_size`` copies of its
+            mean key, with its mean value (FlashPrefill V2).
+        dtype: The precision of the computation.
+    """
     group = queries.shape[0] // keys.shape[0]
     key_position = torch.arange(keys.shape[1], device=queries.device)
+    key_block = torch.arange(kept.shape[-1], device=queries.device)
     first_block = int(positions[0]) // block_size
+    key_means, value_means = (pooled_keys(tensor, block_size) for tensor in (keys, values))
     outputs = []
     for head, query in enumerate(queries):
         key, value = keys[head // group].to(dtype), values[head // group].to(dtype)
         blocks = []
         for block, mask in enumerate(kept[head]):
             rows = positions // block_size == first_block + block
-            seen = mask.repeat_interleave(block_size)[: len(key)] & (key_position <= positions[rows, None])
-            logits = (query[rows].to(dtype) @ key.T * scale).masked_fill(~seen, -math.inf)
-            blocks.append(logits.softmax(-1) @ value)
+            distance = positions[rows, None] - key_position
+            seen = mask.repeat_interleave(block_size)[: len(key)] & (distance >= 0)
+            if sliding_window is not None:
+                seen &= distance < sliding_window
+            logits = [(query[rows].to(dtype) @ key.T * scale).masked_fill(~seen, -math.inf)]
+            columns = [value]
+            if correction:
+                dropped = ~mask & (key_block < first_block + block)
+                means = query[rows].to(dtype) @ key_means[head // group, dropped[: key_means.shape[1]]].to(dtype).T * scale
+                logits.append(means + math.log(block_size))
+                columns.append(value_means[head // group, dropped[: value_means.shape[1]]].to(dtype))
+            if sinks is not None:
+                logits.append(sinks[head].to(dtype).expand(len(logits[0]), 1))
+                columns.append(value.new_zeros(1, value.shape[-1]))
+            blocks.append(torch.cat(logits, 1).softmax(-1) @ torch.cat(columns))
         outputs.append(torch.cat(blocks))
     return torch.stack(outputs)
 
@@ -188,15 +254,18 @@ def select_blocks(
         queries, positions = _row_queries(query[row], span, geometry)
         keys = key[row, :, span.start : span.start + span.key_end]
         pooled = pooled_keys(keys, pool_size)
+        first_block = span.query_begin // block_size
         if selector == "flashprefill":
             scores = block_energies(queries, positions, pooled, span.key_end, block_size, scale, dtype)
         else:
-            scores = block_shares(queries, positions, pooled, span.key_end, block_size, pool_size, query_stride, scale, dtype)
+            probed = probe_shares(queries, positions, pooled, span.key_end, pool_size, query_stride, scale, dtype)
+            score = block_masses if selector == "topp" else block_shares
+            scores = score(*probed, first_block, block_size, pool_size)
         row_kept = kept_blocks(
             scores,
-            span.query_begin // block_size,
+            first_block,
+            selector=selector,
             alpha=alpha,
-            is_relative=selector != "share",
             sink_blocks=sink_blocks,
             window_blocks=window_blocks,
             dense_tail_blocks=dense_tail_blocks,
@@ -212,10 +281,14 @@ def attend_blocks(
     index: BlockIndex,
     *,
     scale: float,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    correction: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Exact attention over an index of the whole call -> [B, Hq, Sq, D] in ``dtype``; rows of padding are zeros."""
     geometry, kept = index.geometry, index.to_mask()
+    options = {"sliding_window": sliding_window, "sinks": sinks, "correction": correction, "dtype": dtype}
     output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=dtype, device=query.device)
     for row, span in enumerate(geometry.row_spans()):
         if span.query_end <= span.query_begin:
@@ -224,7 +297,7 @@ def attend_blocks(
         keys, values = (tensor[row, :, span.start : span.start + span.key_end] for tensor in (key, value))
         first = span.start + span.query_begin - geometry.query_offset
         output[row, :, first : first + queries.shape[1]] = row_attention(
-            queries, positions, keys, values, kept[row], geometry.block_size, scale, dtype
+            queries, positions, keys, values, kept[row], geometry.block_size, scale, **options
         )
     return output
 

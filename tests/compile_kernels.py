@@ -58,14 +58,21 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
 
     tiles = tuning.attend_tiles(generation, head_dim, dtype, BLOCK)
     described = attend._descriptors(key, key, head_dim, tiles)
-    yield (
-        "attend",
-        attend._attend_kernel.warmup(
-            query, key, key, *(described or (None, None)), query, None, number, counts, 0.1, *lengths, 4, 4,
-            *strides, *key.stride()[:3], *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages, grid=(1,),
-        ),
-    )  # fmt: skip
+    terms = {"attend": (), "attend window sinks": ("WINDOW", "SINKS"), "attend means": ("MEANS",)}
+    for name, given in terms.items():
+        flags = {f"HAS_{term}": term in given for term in ("WINDOW", "SINKS", "MEANS")}
+        means = (key, key, counts.to(torch.int8)) if "MEANS" in given else (None, None, None)
+        yield (
+            name,
+            attend._attend_kernel.warmup(
+                query, key, key, *(described or (None, None)), query, None, number, counts,
+                scores if "SINKS" in given else None, *means, 0.1, *lengths, 4, 4, 300, 4, *strides, *key.stride()[:3],
+                *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                HAS_DESCRIPTORS=described is not None, **flags, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                enable_fp_fusion=True,
+                grid=(1,),
+            ),
+        )  # fmt: skip
 
     tiles = tuning.energy_tiles(generation, head_dim, dtype)
     described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [tiles.block_n, head_dim]) if tiles.copy_engine else None
@@ -74,7 +81,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         energies._select_energies_kernel.warmup(
             query, key, described, None, scores, number, counts, 0.1, -1.0, *lengths, 4, 4, 2, 4, 2, *strides, **shape,
             BLOCK_N=tiles.block_n, BLOCK_LIST=256, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, grid=(1,),
+            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
 
@@ -86,7 +93,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             query, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2, *strides,
             **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=8, STRIDE=8, TILE=TILE,
             BLOCK_LIST=128, IS_RELATIVE=False, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, grid=(1,),
+            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
 
@@ -98,7 +105,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             attend_hopper._attend_hopper_kernel.warmup(
                 *descriptors, query, None, number, counts, 0.1, *lengths, 4, 4, 2, 4, HEADS, *strides, GROUP=group,
                 STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages, DIRECT_STORE=tiles.direct_store,
-                HAS_RANGES=False, num_warps=4, grid=(1,),
+                HAS_RANGES=False, num_warps=4, enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 

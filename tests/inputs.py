@@ -82,7 +82,14 @@ UGLY_CASES = [
 
 
 def exact_dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, ranges: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offset: int,
+    ranges: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention in float64 with a dense mask; zeros for queries that are padding."""
     batch, heads, query_len, _ = query.shape
@@ -93,9 +100,12 @@ def exact_dense(
     for row in range(batch):
         first, end = (0, key.shape[2]) if ranges is None else ranges[row].tolist()
         used = (query_position >= first) & (query_position < end)
-        seen = key_position[first:end] <= query_position[used, None]
+        distance = query_position[used, None] - key_position[first:end]
+        seen = (distance >= 0) & (distance < (sliding_window or key.shape[2]))
         for head in range(heads):
             keys, values = (tensor[row, head // group, first:end].double() for tensor in (key, value))
             logits = (query[row, head, used].double() @ keys.T * scale).masked_fill(~seen, float("-inf"))
-            output[row, head, used] = logits.softmax(-1) @ values
+            sink = torch.full((1, 1), float("-inf")) if sinks is None else sinks[head].double().reshape(1, 1)
+            weights = torch.cat([logits, sink.to(logits).expand(len(logits), 1)], 1).softmax(-1)[:, :-1]
+            output[row, head, used] = weights @ values
     return output

@@ -38,6 +38,74 @@ def test_attention_over_the_same_index(backend, case, device):
     assert_same_output(output, exact.float())
 
 
+WINDOWS = [1, 17, 64, 65, 200]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("case", UGLY_CASES[4:], ids=str)
+def test_sliding_windows_are_exact(backend, window, case, device):
+    query, key, value, ranges = case.tensors(device)
+    expected = exact_dense(query, key, value, case.offset, ranges, case.head_dim**-0.5, sliding_window=window)
+    config = FlashPrefillConfig(alpha=1, block_size=64, backend=backend)
+    placing = {"query_offset": case.query_offset, "valid_ranges": ranges}
+    output, index = flash_prefill_attention(
+        query, key, value, config=config, sliding_window=window, return_index=True, **placing
+    )
+    index.validate()
+    assert int(index.counts.max()) <= -(-window // 64) + 1, "the cost must follow from the window"
+    assert_same_output(output, expected.float())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_a_window_as_long_as_the_keys_changes_nothing(backend, device):
+    query, key, value, _ = Case(1, 2, 1, 300, 300, 64).tensors(device)
+    config = FlashPrefillConfig(alpha=0.5, block_size=64, backend=backend)
+    plain = flash_prefill_attention(query, key, value, config=config)
+    assert torch.equal(plain, flash_prefill_attention(query, key, value, config=config, sliding_window=300))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("case", UGLY_CASES[4:], ids=str)
+def test_sinks_take_part_without_a_value(backend, window, case, device):
+    query, key, value, ranges = case.tensors(device)
+    sinks = torch.linspace(-3, 6, case.heads, device=device)
+    scale = case.head_dim**-0.5
+    expected = exact_dense(query, key, value, case.offset, ranges, scale, sliding_window=window, sinks=sinks)
+    config = FlashPrefillConfig(alpha=0, block_size=64, backend=backend)
+    placing = {"query_offset": case.query_offset, "valid_ranges": ranges}
+    output = flash_prefill_attention(query, key, value, config=config, sliding_window=window, sinks=sinks, **placing)
+    assert_same_output(output, expected.float())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("case", UGLY_CASES[4:], ids=str)
+def test_means_of_dropped_blocks_take_part(backend, case, device):
+    query, key, value, ranges = case.tensors(device)
+    dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+    config = FlashPrefillConfig(alpha=0.6, block_size=64, correction=True, backend=backend, **dropping)
+    placing = {"query_offset": case.query_offset, "valid_ranges": ranges}
+    sinks = torch.linspace(-3, 6, case.heads, device=device)
+    output, index = flash_prefill_attention(query, key, value, config=config, sinks=sinks, return_index=True, **placing)
+    scale = case.head_dim**-0.5
+    options = {"scale": scale, "sinks": sinks, "dtype": torch.float64}
+    expected = reference.attend_blocks(query, key, value, index, correction=True, **options)
+    assert_same_output(output, expected.float())
+    if index.density() < 1:
+        assert not torch.allclose(output.double(), reference.attend_blocks(query, key, value, index, **options))
+
+
+def test_the_mean_of_equal_keys_is_as_good_as_the_keys():
+    """What the correction adds is exact where a dropped block's keys are all alike, whatever their values."""
+    query, key, value, _ = Case(1, 2, 1, 512, 512, 64).tensors(torch.device("cpu"))
+    key = key[:, :, ::64].repeat_interleave(64, 2)
+    config = FlashPrefillConfig(alpha=1, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, correction=True)
+    output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
+    assert index.density() < 0.5
+    assert_same_output(output, exact_dense(query, key, value, 0, None, 64**-0.5).float())
+
+
 def test_sparse_cases_drop_blocks():
     query, key, value, _ = Case(1, 7, 1, 700, 700, 64).tensors(torch.device("cpu"))
     config = FlashPrefillConfig(alpha=0.6, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
@@ -110,6 +178,10 @@ def shaped(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         ({"scale": "1"}, TypeError, "scale"),
         ({"valid_ranges": torch.zeros(1, 2)}, TypeError, "valid_ranges"),
         ({"valid_ranges": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, "valid_ranges"),
+        ({"sliding_window": 0}, ValueError, "sliding_window must be >= 1, got 0"),
+        ({"sliding_window": 8.0}, TypeError, "sliding_window"),
+        ({"sinks": [0.0] * 4}, TypeError, "sinks"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \(4,\)"),
         ({"config": {"alpha": 0.1}}, TypeError, "config"),
     ],
 )

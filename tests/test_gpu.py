@@ -38,6 +38,27 @@ def test_kernels_err_no_more_than_eager(shape, dtype):
         assert_no_worse_than_eager(output, eager, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("terms", ["window", "sinks", "means"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_further_terms_err_no_more_than_eager(shape, terms, dtype):
+    case = Case(**{**vars(shape), "dtype": dtype})
+    query, key, value, ranges = case.tensors(torch.device("cuda"))
+    dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+    config = FlashPrefillConfig(alpha=0.5, correction=terms == "means", backend="triton", **dropping)
+    asked = {"sliding_window": 200} if terms == "window" else {}
+    asked |= {"sinks": torch.linspace(-3, 6, case.heads, device="cuda")} if terms == "sinks" else {}
+    placing = {"query_offset": case.query_offset, "valid_ranges": ranges}
+    output, index = flash_prefill_attention(query, key, value, config=config, return_index=True, **placing, **asked)
+    options = {"scale": case.head_dim**-0.5, "correction": config.correction, **asked}
+    exact = reference.attend_blocks(query, key, value, index, dtype=torch.float64, **options)
+    eager = reference.attend_blocks(query, key, value, index, dtype=dtype, **options)
+    if dtype == torch.float32:
+        torch.testing.assert_close(output.double(), exact, atol=2e-5, rtol=1e-5)
+    else:
+        assert_no_worse_than_eager(output, eager, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_selection_disagrees_only_within_rounding(dtype):
     case = Case(1, 8, 2, 4096, 4096, 128, dtype=dtype)
@@ -57,7 +78,7 @@ def test_selection_disagrees_only_within_rounding(dtype):
             torch.float64,
         )
         margin = energies - energies.amax(-1, keepdim=True) - torch.tensor(alpha).log2()
-        rule = {"alpha": alpha, "is_relative": True}
+        rule = {"alpha": alpha, "selector": "flashprefill"}
         expected = reference.kept_blocks(energies, 0, **rule, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
         wrong = index.to_mask()[0] != expected
         assert margin[wrong].abs().le(1e-3).all()
@@ -79,10 +100,11 @@ def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     index.validate()
     pooled = reference.pooled_keys(key[0], pool_size)
     positions = torch.arange(96, 4096, device="cuda")
-    scores = reference.block_shares(query[0], positions, pooled, 4096, 128, pool_size, query_stride, 128**-0.5, torch.float64)
-    is_relative = selector == "peak"
-    expected = reference.kept_blocks(scores, 0, alpha=alpha, is_relative=is_relative, **forced)
-    margin = scores - (scores.amax(-1, keepdim=True) if is_relative else 0.0) - torch.tensor(alpha).log2()
+    probed = reference.probe_shares(query[0], positions, pooled, 4096, pool_size, query_stride, 128**-0.5, torch.float64)
+    first_block = (4096 - 4000) // 128
+    scores = reference.block_shares(*probed, first_block, 128, pool_size)
+    expected = reference.kept_blocks(scores, first_block, selector=selector, alpha=alpha, **forced)
+    margin = scores - (scores.amax(-1, keepdim=True) if selector == "peak" else 0.0) - torch.tensor(alpha).log2()
     wrong = index.to_mask()[0] != expected
     assert margin[wrong].abs().le(1e-3).all()
     assert 0.02 < expected.float().mean() < 0.6, "the threshold must have had something to decide"

@@ -19,7 +19,8 @@ def test_kernels_compile_clean(capability):
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     verdicts = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
-    expected = {"attend", "energies", "shares"} | ({"attend_hopper"} if capability == 90 else set())
+    expected = {"attend", "attend window sinks", "attend means", "energies", "shares"}
+    expected |= {"attend_hopper"} if capability == 90 else set()
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
     for verdict in verdicts:
         assert verdict["spilled"] == 0, verdict

@@ -91,6 +91,43 @@ def test_backends_select_what_the_reference_selects(backend, probe, case, device
     assert torch.equal(index[backend].to_mask(), index["reference"].to_mask())
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("probe", [{"selector": "topk", "alpha": 0.6}, {"selector": "topp", "alpha": 0.1}], ids=str)
+@pytest.mark.parametrize("case", UGLY_CASES, ids=str)
+def test_sorting_baselines_select_what_the_reference_selects(backend, probe, case, device):
+    query, key, value, ranges = case.tensors(device)
+    placing = {"query_offset": case.offset, "valid_ranges": ranges}
+    index = {}
+    for name in ("reference", backend):
+        config = FlashPrefillConfig(backend=name, block_size=64, **probe, **RULE)
+        index[name] = flash_prefill_attention(query, key, value, config=config, return_index=True, **placing).index
+        index[name].validate()
+    assert torch.equal(index[backend].to_mask(), index["reference"].to_mask())
+
+
+def test_sorting_baselines_drop_what_they_are_told_to():
+    case = Case(1, 2, 1, 1024, 1024, 64)
+    query, key, value, _ = case.tensors(torch.device("cpu"))
+    free = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0, "block_size": 64, "pool_size": 4, "query_stride": 1}
+    visible = np.arange(1, 17)
+    config = FlashPrefillConfig(selector="topk", alpha=0.75, **free)
+    counts = flash_prefill_attention(query, key, value, config=config, return_index=True).index.counts[0]
+    # The query block's own is kept in any case, and need not be among the largest.
+    assert ((counts.numpy() == np.ceil(visible / 4)) | (counts.numpy() == np.ceil(visible / 4) + 1)).all()
+    config = FlashPrefillConfig(selector="topp", alpha=0.2, **free)
+    index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
+    assert index.density() < 0.9
+    # With pools of four tokens the estimate is close to the true mass, of which a fifth may be lost.
+    for head, kept in enumerate(index.to_mask()[0]):
+        logits = query[0, head].double() @ key[0, 0].double().T / 8
+        weights = logits.masked_fill(~torch.ones(1024, 1024, dtype=torch.bool).tril(), -math.inf).softmax(-1)
+        mass = weights.view(16, 64, 16, 64).sum(3).mean(1)
+        assert ((mass * kept).sum(-1) > 0.7).all()
+    for selector in ("topk", "topp"):
+        config = FlashPrefillConfig(selector=selector, alpha=0, **free)
+        assert flash_prefill_attention(query, key, value, config=config, return_index=True).index.density() == 1
+
+
 def float64_shares(query: np.ndarray, key: np.ndarray, offset: int, block_size: int, pool: int, stride: int) -> np.ndarray:
     """Scores of the finer probe, [M, N] for one head, in float64 loops over queries and pools."""
     query, key = query.astype(np.float64), key.astype(np.float64)

@@ -23,11 +23,25 @@ def attend_blocks(
     *,
     scale: float,
     output: torch.Tensor,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, Dv]; other rows are left alone.
 
     Lists are worked through in groups of equal length, so no gathered block is wasted. Only a list's last block, the
-    query block's own, needs the causal mask.
+    query block's own, needs the causal mask. Sinks and the means of dropped blocks are further columns of the softmax.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        value: [B, Hkv, Skv, Dv].
+        index: Lists; with ``sliding_window`` those of ``BlockIndex.of_window``.
+        scale: Multiplies query-key products.
+        output: Written to.
+        sliding_window: Tokens a query sees, itself counted.
+        sinks: float32 [Hq], logits without a value.
+        means: Key and value means of whole blocks [B, Hkv, N, D]; each dropped block takes part through them.
     """
     geometry, block_size = index.geometry, index.geometry.block_size
     tiles = slice(index.first_query_block, index.first_query_block + index.query_blocks)
@@ -42,14 +56,12 @@ def attend_blocks(
     )
     lists, counts = index.indices.flatten(0, 2), index.counts.flatten()
     result = torch.zeros(len(counts), block_size * value.shape[-1], dtype=query.dtype, device=query.device)
-    triangle = torch.ones(block_size, block_size, dtype=torch.bool, device=query.device).tril()
+    extra = _further_columns(key, index, sinks, means)
 
     for length in counts.unique().tolist():
         if length == 0:
             continue
-        mask = torch.ones(block_size, length * block_size, dtype=torch.bool, device=query.device)
-        mask[:, -block_size:] = triangle
-        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, -math.inf)
+        bias = _causal_bias(length, block_size, sliding_window, query)
         step = max(1, GATHERED_AT_ONCE // (length * block_size * (key.shape[-1] + value.shape[-1])))
         for part in (counts == length).nonzero().flatten().split(step):
             head = part // index.query_blocks
@@ -59,7 +71,13 @@ def attend_blocks(
                 source.index_select(0, blocks).view(len(part), 1, length * block_size, -1) for source in (key_rows, value_rows)
             )
             queries = query_rows.index_select(0, part).view(len(part), 1, block_size, -1)
-            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+            part_bias = bias
+            for column_keys, column_values, column_bias in extra:
+                keys = torch.cat([keys, column_keys[key_head]], 2)
+                values = torch.cat([values, column_values[key_head]], 2)
+                columns = column_bias[part][:, None, None].expand(-1, 1, block_size, -1)
+                part_bias = torch.cat([part_bias.expand(len(part), 1, -1, -1), columns.to(query.dtype)], 3)
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=part_bias, scale=scale)
             result.index_copy_(0, part, attended.flatten(1))
 
     result = result.view(batch, heads, index.query_blocks, block_size, -1)
@@ -74,3 +92,36 @@ def attend_blocks(
     for row in range(geometry.batch):
         target = positions[row].flatten()[used[row]] + span.start[row] - geometry.query_offset
         output[row][:, target] = result[row].flatten(1, 2)[:, used[row]]
+
+
+def _causal_bias(length: int, block_size: int, sliding_window: int | None, query: torch.Tensor) -> torch.Tensor:
+    """0 where a query block sees a key of its list of ``length`` blocks, -inf elsewhere: [block_size, length * block_size].
+
+    Only the last block cuts if there is no window. With one, the list's blocks are the last ones up to the query's own.
+    """
+    row = torch.arange(block_size, device=query.device)[:, None] + (length - 1) * block_size
+    distance = row - torch.arange(length * block_size, device=query.device)
+    seen = (distance >= 0) & (distance < (sliding_window or math.inf))
+    return torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -math.inf)
+
+
+def _further_columns(
+    key: torch.Tensor,
+    index: BlockIndex,
+    sinks: torch.Tensor | None,
+    means: tuple[torch.Tensor, torch.Tensor] | None,
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Softmax columns beside the listed keys: keys and values [B * Hkv, 1, C, D], and what is added to logits [lists, C]."""
+    columns = []
+    if means is not None:
+        # A list ends with the query block's own number, and every block before that is wholly visible.
+        own = index.visible_counts()[:, None, :, None] - 1
+        dropped = ~index.to_mask() & (torch.arange(index.geometry.key_blocks, device=key.device) < own)
+        bias = torch.zeros(dropped.shape, device=key.device).masked_fill_(~dropped, -math.inf)
+        bias += math.log(index.geometry.block_size)
+        columns.append((*(tensor.flatten(0, 1)[:, None] for tensor in means), bias.flatten(0, 2)))
+    if sinks is not None:
+        nothing = key.new_zeros(key.shape[0] * key.shape[1], 1, 1, key.shape[-1])
+        logits = sinks[None, :, None].expand(index.counts.shape)
+        columns.append((nothing, nothing, logits.reshape(-1, 1)))
+    return columns

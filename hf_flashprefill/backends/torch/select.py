@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ...block_index import BlockIndex
+from ...config import SORTING_SELECTORS
 from ...geometry import PrefillGeometry
 
 # Logits held at once. 64 MiB of float32 keeps the working set near a CPU's last-level cache without many small calls.
@@ -90,20 +91,38 @@ def select_blocks(
     last_key = torch.minimum(last_key, span.key_end[:, None]) - 1
     # What begins after the row's end is seen by nobody.
     last_key = last_key.masked_fill(last_key < torch.arange(pooled.shape[2], device=device) * pool_size, geometry.kv_len)
-    score = _block_energies if selector == "flashprefill" else _block_shares
+    score = {"flashprefill": _block_energies, "topp": _block_masses}.get(selector, _block_shares)
     scores = score(rows, positions, pooled, last_key, geometry.key_blocks, scale)
 
     own = span.query_begin[:, None] // geometry.block_size + torch.arange(chosen.start, chosen.stop, device=device)
     tail = torch.div(span.query_end + geometry.block_size - 1, geometry.block_size, rounding_mode="floor")
     query_block = own[:, None, :, None]
     key_block = torch.arange(geometry.key_blocks, device=device)
-    log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
-    kept = scores >= (0.0 if selector == "share" else scores.amax(-1, keepdim=True)) + log_alpha
+    visible = geometry.visible_counts(device)[:, None, chosen, None]
+    kept = _passing(scores, selector, alpha, visible)
     kept |= (key_block < sink_blocks) | (query_block - key_block < window_blocks)
     kept |= query_block >= (tail - dense_tail_blocks)[:, None, None, None]
-    visible = geometry.visible_counts(device)[:, chosen]
-    kept &= key_block < visible[:, None, :, None]
+    kept &= key_block < visible
     return BlockIndex.from_mask(kept.expand(batch, heads, -1, -1), geometry, first_query_block)
+
+
+def _passing(scores: torch.Tensor, selector: str, alpha: float, visible: torch.Tensor) -> torch.Tensor:
+    """Blocks that the selector keeps by their scores [B, Hq, T, N], of which ``visible`` [B, 1, T, 1] are before the query."""
+    log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
+    if selector == "share":
+        return scores >= log_alpha
+    if selector not in SORTING_SELECTORS:
+        return scores >= scores.amax(-1, keepdim=True) + log_alpha
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    if selector == "topk":
+        # What is not visible sorts last, behind what is visible and has no score.
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(place >= visible, -math.inf)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        passing = place < ((1 - alpha) * visible.double()).ceil()
+    else:
+        masses, order = scores.sort(dim=-1, stable=True)
+        passing = masses.cumsum(-1) >= alpha * masses.sum(-1, keepdim=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, passing.expand_as(order))
 
 
 def _probing_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +158,18 @@ def _block_shares(
         # A query without keys votes for nothing: its sum is 0, and its peaks are -inf already.
         shares[:, :, part] = (peaks - largest - sums.clamp(min=1e-30).log2_()).amax(3)
     return shares
+
+
+def _block_masses(
+    rows: torch.Tensor, positions: torch.Tensor, pooled: torch.Tensor, last_key: torch.Tensor, key_blocks: int, scale: float
+) -> torch.Tensor:
+    """Sums over queries and pooled keys of the shares in each block [B, Hq, T, N]; arguments as for ``_block_shares``."""
+    batch, heads, tiles = rows.shape[:3]
+    masses = torch.empty(batch, heads, tiles, key_blocks, dtype=torch.float32, device=rows.device)
+    for part, logits in _masked_logits(rows, positions, pooled, last_key, scale):
+        shares = logits.mul_(math.log(2)).softmax(-1).nan_to_num_(0.0)
+        masses[:, :, part] = shares.unflatten(-1, (key_blocks, -1)).sum((3, 5))
+    return masses
 
 
 def _masked_logits(

@@ -70,8 +70,18 @@ def attend_blocks(
     *,
     scale: float,
     output: torch.Tensor,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone."""
+    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
+
+    The further terms of the softmax are those of ``attend.attend_blocks``; the Hopper kernel has none of them.
+    """
+    terms = {"sliding_window": sliding_window, "sinks": sinks, "means": means}
+    is_plain = all(term is None for term in terms.values())
     on_hopper = query.is_cuda and compute_capability(query)[0] == 9 and attend_hopper is not None
-    hopper = on_hopper and attend_hopper.fits(query, key, value, index.geometry.block_size)
-    (attend_hopper if hopper else attend).attend_blocks(query, key, value, index, scale=scale, output=output)
+    if is_plain and on_hopper and attend_hopper.fits(query, key, value, index.geometry.block_size):
+        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output)
+    else:
+        attend.attend_blocks(query, key, value, index, scale=scale, output=output, **terms)

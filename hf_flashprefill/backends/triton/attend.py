@@ -3,6 +3,9 @@
 The query block's own key block comes first, in a loop with run-time bounds; then one flat loop without masks runs over
 the list. In the other order, or with the own block as straight-line code, ptxas serialises every wgmma of the kernel on
 Hopper (warning C7515).
+
+Sliding windows, attention sinks and the means of dropped blocks are further terms of the same softmax; each costs nothing
+where it is not asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +22,38 @@ from .primitives import compute_capability, copy_engine_takes, launch_context, r
 from .tuning import AttendTiles, attend_tiles
 
 
-@triton.jit(do_not_specialize=["kv_len", "query_len", "query_offset", "first_query_block", "tiles", "width"])
+@triton.jit(do_not_specialize=["width", "key_blocks"])
+def _mark_listed_kernel(indices_ptr, counts_ptr, marks_ptr, width, key_blocks, BLOCK_LIST: tl.constexpr):
+    """One program: 1 at each listed block of one list."""
+    list_row = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts_ptr + list_row)
+    for first in range(0, count, BLOCK_LIST):
+        place = first + tl.arange(0, BLOCK_LIST)
+        blocks = tl.load(indices_ptr + list_row * width + place, mask=place < count, other=0)
+        tl.store(marks_ptr + list_row * key_blocks + blocks, 1, mask=place < count)
+
+
+@triton.jit
+def _online_softmax(logits, running_max, running_sum, accumulator):
+    """Weights of one step of base-2 logits, and the maximum, sum and accumulator that earlier steps shrink to."""
+    new_max = tl.maximum(running_max, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_max[:, None])
+    rescale = tl.exp2(running_max - new_max)
+    return weights, new_max, running_sum * rescale + tl.sum(weights, 1), accumulator * rescale[:, None]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "kv_len",
+        "query_len",
+        "query_offset",
+        "first_query_block",
+        "tiles",
+        "width",
+        "sliding_window",
+        "key_blocks",
+    ]
+)
 def _attend_kernel(
     query_ptr,
     key_ptr,
@@ -30,6 +64,10 @@ def _attend_kernel(
     ranges_ptr,
     indices_ptr,
     counts_ptr,
+    sinks_ptr,
+    key_means_ptr,
+    value_means_ptr,
+    marks_ptr,
     scale_log2,
     kv_len,
     query_len,
@@ -37,6 +75,8 @@ def _attend_kernel(
     first_query_block,
     tiles,
     width,
+    sliding_window,
+    key_blocks,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs: tl.int64,
@@ -57,6 +97,9 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr,
     HAS_RANGES: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
 ):
     """One program: BLOCK_M queries of one query block and head against the block's list.
 
@@ -95,7 +138,23 @@ def _attend_kernel(
         running_sum = tl.zeros((BLOCK_M,), tl.float32)
         accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-        for first_key in range(own * BLOCK, tl.minimum(first_position + BLOCK_M, key_end), BLOCK_N):
+        list_row = (batch * tl.num_programs(0) + head).to(tl.int64) * tiles + tile
+        listed = indices_ptr + list_row * width
+        # The list's last entry is the block's own.
+        others = tl.load(counts_ptr + list_row) - 1
+        own_steps = tl.cdiv(tl.minimum(first_position + BLOCK_M, key_end) - own * BLOCK, BLOCK_N)
+        edge_steps = 0
+        if HAS_WINDOW:
+            # Blocks whose first keys the last query no longer sees; a window's list is a run of blocks.
+            passed = tl.cdiv(first_position + BLOCK_M - sliding_window, BLOCK) - tl.load(listed)
+            edge_steps = tl.minimum(tl.maximum(passed, 0), others) * SUBTILES
+
+        for step in range(own_steps + edge_steps):
+            first_key = own * BLOCK + step * BLOCK_N
+            if HAS_WINDOW:
+                edge = tl.maximum(step - own_steps, 0)
+                edge_key = tl.load(listed + edge // SUBTILES) * BLOCK + edge % SUBTILES * BLOCK_N
+                first_key = tl.where(step < own_steps, first_key, edge_key)
             offset = tl.full((), first_key, tl.int64)
             key_positions = first_key + columns
             is_key = key_positions < key_end
@@ -104,12 +163,12 @@ def _attend_kernel(
             else:
                 keys = tl.load(key_tile + offset * stride_ks, mask=is_key[None, :] & in_head[:, None], other=0.0)
             logits = tl.dot(queries, keys, input_precision="ieee") * scale_log2
-            logits = tl.where(positions[:, None] >= key_positions[None, :], logits, float("-inf"))
-            new_max = tl.maximum(running_max, tl.max(logits, 1))
-            weights = tl.exp2(logits - new_max[:, None])
-            rescale = tl.exp2(running_max - new_max)
-            running_sum = running_sum * rescale + tl.sum(weights, 1)
-            accumulator = accumulator * rescale[:, None]
+            distance = positions[:, None] - key_positions[None, :]
+            is_seen = distance >= 0
+            if HAS_WINDOW:
+                is_seen &= distance < sliding_window
+            logits = tl.where(is_seen, logits, float("-inf"))
+            weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
             if HAS_DESCRIPTORS:
                 values = value_desc.load([batch, key_head, start + first_key, 0]).reshape(BLOCK_N, BLOCK_D)
                 if HAS_RANGES:
@@ -118,13 +177,8 @@ def _attend_kernel(
             else:
                 values = tl.load(value_tile + offset * stride_vs, mask=is_key[:, None] & in_head[None, :], other=0.0)
             accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
-            running_max = new_max
 
-        list_row = (batch * tl.num_programs(0) + head).to(tl.int64) * tiles + tile
-        listed = indices_ptr + list_row * width
-        # The list's last entry is the block's own, done above.
-        others = tl.load(counts_ptr + list_row) - 1
-        for step in range(others * SUBTILES):
+        for step in range(edge_steps, others * SUBTILES):
             first_key = tl.load(listed + step // SUBTILES) * BLOCK + step % SUBTILES * BLOCK_N
             offset = first_key.to(tl.int64)
             if HAS_DESCRIPTORS:
@@ -148,6 +202,29 @@ def _attend_kernel(
             accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
             running_max = new_max
 
+        if HAS_MEANS:
+            mean_rows = (batch * (tl.num_programs(0) // GROUP) + key_head).to(tl.int64) * key_blocks
+            for first_block in range(0, own, BLOCK_N):
+                blocks = first_block + columns
+                is_mean = blocks < own
+                is_dropped = is_mean & (tl.load(marks_ptr + list_row * key_blocks + blocks, mask=is_mean, other=1) == 0)
+                mean_tile = (mean_rows + blocks)[:, None] * HEAD_DIM + channels[None, :]
+                is_value = is_mean[:, None] & in_head[None, :]
+                keys = tl.load(key_means_ptr + mean_tile, mask=is_value, other=0.0)
+                # A mean stands for BLOCK keys.
+                logits = tl.dot(queries, keys.T, input_precision="ieee") * scale_log2 + tl.log2(BLOCK * 1.0)
+                logits = tl.where(is_dropped[None, :], logits, float("-inf"))
+                weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
+                values = tl.load(value_means_ptr + mean_tile, mask=is_value, other=0.0)
+                accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
+
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head) * 1.4426950408889634
+            new_max = tl.maximum(running_max, sink)
+            rescale = tl.exp2(running_max - new_max)
+            running_sum = running_sum * rescale + tl.exp2(sink - new_max)
+            accumulator = accumulator * rescale[:, None]
+
         accumulator = accumulator / running_sum[:, None]
         tl.store(
             output_ptr + batch * stride_ob + head * stride_oh + query_rows[:, None] * stride_os + channels[None, :],
@@ -164,6 +241,15 @@ def _descriptors(key: torch.Tensor, value: torch.Tensor, block_d: int, tiles: At
     return tuple(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block) for tensor in (key, value))
 
 
+def _marks(index: BlockIndex) -> torch.Tensor:
+    """int8 [B, Hq, T, N], 1 at listed blocks."""
+    marks = torch.zeros(*index.counts.shape, index.geometry.key_blocks, dtype=torch.int8, device=index.counts.device)
+    _mark_listed_kernel[(index.counts.numel(),)](
+        index.indices, index.counts, marks, index.indices.shape[-1], index.geometry.key_blocks, BLOCK_LIST=128
+    )
+    return marks
+
+
 def attend_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -172,8 +258,15 @@ def attend_blocks(
     *,
     scale: float,
     output: torch.Tensor,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone."""
+    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
+
+    ``sliding_window`` (tokens) wants the lists of ``BlockIndex.of_window``; ``sinks`` are float32 [Hq]; ``means``, of keys
+    and of values, come from ``pool_keys`` with whole blocks.
+    """
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
@@ -190,6 +283,9 @@ def attend_blocks(
             geometry.valid_ranges,
             index.indices,
             index.counts,
+            sinks,
+            *(means or (None, None)),
+            None if means is None else _marks(index),
             scale * math.log2(math.e),
             geometry.kv_len,
             query_len,
@@ -197,6 +293,8 @@ def attend_blocks(
             index.first_query_block,
             index.query_blocks,
             index.indices.shape[-1],
+            sliding_window or 0,
+            geometry.key_blocks,
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
@@ -209,6 +307,11 @@ def attend_blocks(
             BLOCK_N=tiles.block_n,
             HAS_RANGES=geometry.valid_ranges is not None,
             HAS_DESCRIPTORS=described is not None,
+            HAS_WINDOW=sliding_window is not None,
+            HAS_SINKS=sinks is not None,
+            HAS_MEANS=means is not None,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            # Fused multiply-adds carry the softmax; Triton 3.10 stops fusing unless told.
+            enable_fp_fusion=True,
         )

@@ -452,4 +452,5 @@ def attend_blocks(
             DIRECT_STORE=tiles.direct_store,
             HAS_RANGES=geometry.valid_ranges is not None,
             num_warps=4,
+            enable_fp_fusion=True,
         )

@@ -213,5 +213,6 @@ def select_energies(
             HAS_DESCRIPTORS=described is not None,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            enable_fp_fusion=True,
         )
     return BlockIndex(indices, counts, geometry, first_query_block)

@@ -1,0 +1,130 @@
+"""What batches, padding and chunks cost: the operator against the same work as prompts of their own.
+
+    python -m eval.layout_speed --device cuda --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 131072
+
+Per length L and imposed density, the whole operator (pool, select, attend) is timed on
+
+- ``batch``: two rows of L tokens, against twice one row;
+- ``left_padded``: the same two rows, the second with L / 2 tokens of padding in front, against a prompt of L and one of L / 2;
+- ``chunked``: L tokens in chunks of ``--chunk`` against the keys so far, against the whole prompt at once.
+
+``overhead`` is the time over that of the same work less 1. Every figure is a median, all in one process. The density is
+imposed by a wide local window, with no query block in full, since each chunk's end would have its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from eval import common
+from eval.operator_speed import PUBLISHED_DENSITY, Tensors, median_ms, random_tensors
+from eval.schema import Result
+from eval.ttft import config_for_density
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+
+
+def cut(tensors: Tensors, rows: slice, query: slice, keys: slice) -> Tensors:
+    """Some rows, queries and keys of a call."""
+    return tuple(tensor[rows, :, part] for tensor, part in zip(tensors, (query, keys, keys), strict=True))
+
+
+def layout_runs(tensors: Tensors, config: FlashPrefillConfig, chunk: int) -> dict[str, tuple[Callable, list[str]]]:
+    """By name: what runs, and which runs are the same work."""
+    length = tensors[0].shape[2]
+    half, first, whole = length // 2, slice(0, 1), slice(None)
+    ranges = torch.tensor([[0, length], [half, length]], device=tensors[0].device)
+
+    def attend(*cutting: slice, **options) -> Callable[[], object]:
+        part = cut(tensors, *cutting)
+        return lambda: flash_prefill_attention(*part, config=config, **options)
+
+    chunks = [attend(first, slice(at, at + chunk), slice(0, at + chunk)) for at in range(0, length, chunk)]
+    return {
+        "one": (attend(first, whole, whole), []),
+        "half": (attend(first, slice(half, length), slice(half, length)), []),
+        "batch": (attend(whole, whole, whole), ["one", "one"]),
+        "left_padded": (attend(whole, whole, whole, valid_ranges=ranges), ["one", "half"]),
+        "chunked": (lambda: [run() for run in chunks], ["one"]),
+    }
+
+
+def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]:
+    """A row per layout."""
+    config = FlashPrefillConfig(selector=args.selector, dense_tail_blocks=0, backend=args.backend)
+    config = config_for_density(config, length, density)
+    tensors = random_tensors(2, length, args.head_dim, args)
+    runs = layout_runs(tensors, config, min(args.chunk, length))
+    times = {name: median_ms(run, args.device, args.seconds) for name, (run, _) in runs.items()}
+    rows = []
+    for name, (_, same_work) in runs.items():
+        expected = sum(times[other]["median_ms"] for other in same_work)
+        overhead = times[name]["median_ms"] / expected - 1 if same_work else None
+        rows.append({"length": length, "density": density, "layout": name, **times[name], "overhead": overhead})
+    return rows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.Parser("layout_speed", __doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192], help="tokens (default: %(default)s)")
+    parser.add_argument("--density", type=float, help="of the visible blocks; default: as published for the length")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens (default: %(default)s)")
+    parser.add_argument("--selector", choices=["share", "peak", "flashprefill"], default="share")
+    parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=sorted(common.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"])
+    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: results/layouts-DATE-DEVICE.json)")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if args.heads < 1 or args.kv_heads < 1 or args.heads % args.kv_heads:
+        raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
+    if min(args.lengths) < 256:
+        raise common.UsageError(f"--lengths must be at least 256 tokens, got {min(args.lengths)}")
+    if args.chunk < 1 or args.chunk % 128:
+        raise common.UsageError(f"--chunk must be a multiple of 128 tokens, got {args.chunk}")
+    if args.density is not None and not 0 < args.density <= 1:
+        raise common.UsageError(f"--density must be above 0 and at most 1, got {args.density}")
+    args.device = torch.device(args.device)
+    args.dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    check_arguments(args)
+    rows: list[dict] = []
+    for length in tqdm(args.lengths, desc="layout_speed", unit="length"):
+        rows += measure(length, args.density or PUBLISHED_DENSITY.get(length, 0.1), args)
+    environment = common.environment(args.device)
+    kind = environment["device"].lower().replace(" ", "-") if args.device.type == "cuda" else "cpu"
+    path = args.output or Path("results") / f"layouts-{date.today()}-{kind}.json"
+    named = ("lengths", "chunk", "heads", "kv_heads", "head_dim", "seconds")
+    dtype = str(args.dtype).removeprefix("torch.")
+    model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": args.backend}
+    config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend).to_dict()
+    Result("layout_speed", environment, model, config, {n: getattr(args, n) for n in named}, summary=[], rows=rows).write(path)
+    cells = [
+        [str(row["length"]), row["layout"], f"{row['density']:.3f}", f"{row['median_ms']:.2f}"]
+        + ["" if row["overhead"] is None else f"{100 * row['overhead']:+.1f}%"]
+        for row in rows
+    ]
+    print(common.format_table(["tokens", "layout", "density", "ms", "against the same work"], cells))
+    print(f"wrote {path}")
+    print(json.dumps([{k: row[k] for k in ("length", "layout", "overhead")} for row in rows if row["overhead"] is not None]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_command(main))
