@@ -37,7 +37,7 @@ from eval.pictures import draw_operator
 from eval.schema import Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.config import SELECTORS, SORTING_SELECTORS
-from hf_flashprefill.functional import resolve_backend, selection_rule
+from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
 # What the FlashPrefill papers report for Llama-3.1-8B and Qwen3-30B-A3B, by length in tokens.
@@ -167,22 +167,26 @@ def stage_runs(
     """
     query, key, value = tensors
     geometry, rule = index.geometry, selection_rule(config)
+    selecting = selecting_backend(config.selector, backend)
     blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
     output = torch.empty_like(query)
 
-    def pool() -> torch.Tensor:
-        return backend.pool_keys(key, geometry, rule["pool_size"])
+    def pool() -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
+        if not config.correction:
+            return pooled, None
+        return pooled, tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
 
-    pooled = pool()
+    pooled, means = pool()
 
     def select(pooled: torch.Tensor = pooled) -> BlockIndex:
-        return backend.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
+        return selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
 
     def attend() -> None:
-        backend.attend_blocks(query, key, value, index, scale=scale, output=output)
+        backend.attend_blocks(query, key, value, index, scale=scale, output=output, means=means)
 
     def operator() -> None:
-        select(pool())
+        select(pool()[0])
         attend()
 
     return {stage.__name__: stage for stage in (pool, select, attend, operator)}

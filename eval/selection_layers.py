@@ -13,7 +13,7 @@ from eval.oracle import BlockMasses, block_masses, index_from_masses, row_masses
 from eval.probe import AttentionInput
 from eval.selection_points import Point
 from hf_flashprefill import BlockIndex
-from hf_flashprefill.functional import resolve_backend, selection_rule
+from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
 # Of each stage on each layer; the medians that are shown are over all layers and prompts.
@@ -26,7 +26,7 @@ class LayerMeasurements:
 
     Attributes:
         kept_mass: Mean share of the sampled queries' attention that falls on kept blocks, all heads together.
-        index_seconds: Pool and select.
+        index_seconds: Pool and select; with the mean correction, its pools too.
         operator_seconds: Pool, select and attend over the point's own lists, called one after the other.
     """
 
@@ -87,7 +87,7 @@ def point_index(
     if point.oracle:
         names = ("alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")
         return index_from_masses(true_masses.of(point.oracle), geometry, **{name: rule[name] for name in names})
-    backend = resolve_backend(point.config.backend, tensors.query)
+    backend = selecting_backend(point.config.selector, resolve_backend(point.config.backend, tensors.query))
     pooled = backend.pool_keys(tensors.key, geometry, rule["pool_size"])
     blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
     return backend.select_blocks(tensors.query, pooled, geometry, scale=scale, **blocks, **rule)

@@ -17,8 +17,11 @@ from hf_flashprefill.config import SELECTORS
 DEFAULT_CURVES = (
     "share:0.0025,0.005,0.01,0.02,0.05",
     "share:0.005,0.01,0.02,0.05@pool_size=4",
+    "share:0.005,0.01,0.02,0.05@correction=true",
     "peak:0.01,0.02,0.05,0.1,0.2",
     "flashprefill:0.01,0.02,0.05,0.1,0.2,0.4",
+    "topk:0.5,0.7,0.8,0.9",
+    "topp:0.01,0.02,0.05,0.1",
     "oracle-mean:0.001,0.002,0.005,0.01,0.02",
     "oracle-max:0.01,0.02,0.05,0.1,0.2",
 )
