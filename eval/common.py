@@ -61,11 +61,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Settings of the patched state."""
+def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True) -> None:
+    """Settings of the patched state; without ``has_rule`` a command has its own way to say alpha and selector."""
     defaults = FlashPrefillConfig()
-    parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
-    parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
+    if has_rule:
+        parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
+        parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
+    else:
+        parser.set_defaults(alpha=defaults.alpha, selector=defaults.selector)
     parser.add_argument(
         "--min-seq-len", type=int, default=1, help="shortest prompt that runs sparse (default: %(default)s, all of them)"
     )
@@ -74,10 +77,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Sequence[int]) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Sequence[int], has_rule: bool = True) -> None:
     """Model, settings of the patched state, and what all harnesses that ask prompts have in common."""
     add_model_arguments(parser)
-    add_config_arguments(parser)
+    add_config_arguments(parser, has_rule)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(lengths), help="tokens (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="quick look: at most this many prompts of each kind and length")
     parser.add_argument("--output", type=Path, default=Path(f"results/{harness}.json"), help="JSON file (default: %(default)s)")
@@ -107,12 +110,10 @@ def check_config_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
     if args.output.is_dir():
         raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
     fields = {"alpha": args.alpha, "selector": args.selector, "min_seq_len": args.min_seq_len}
-    for setting in args.set:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in FlashPrefillConfig.__dataclass_fields__:
-            known = ", ".join(FlashPrefillConfig.__dataclass_fields__)
-            raise UsageError(f"--set takes FIELD=VALUE with one of the fields {known}, got {setting!r}")
-        fields[name] = _json_or_text(value)
+    try:
+        fields |= dict(parse_field(setting) for setting in args.set)
+    except ValueError as error:
+        raise UsageError(f"--set takes {error}") from None
     try:
         return FlashPrefillConfig(**fields)
     except (ValueError, TypeError) as error:
@@ -298,6 +299,19 @@ def format_rise(rise: float, standard_error: float | None) -> str:
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts in front of every text, such as a begin-of-text token."""
     return [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
+
+
+def parse_field(setting: str) -> tuple[str, Any]:
+    """A field of FlashPrefillConfig and its value, not checked, from FIELD=VALUE with a value as in JSON.
+
+    Raises:
+        ValueError: It is written in another way or there is no such field.
+    """
+    name, equals, value = setting.partition("=")
+    if not equals or name not in FlashPrefillConfig.__dataclass_fields__:
+        known = ", ".join(FlashPrefillConfig.__dataclass_fields__)
+        raise ValueError(f"FIELD=VALUE with one of the fields {known}, got {setting!r}")
+    return name, _json_or_text(value)
 
 
 def _json_or_text(value: str) -> Any:
