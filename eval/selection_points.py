@@ -75,7 +75,7 @@ def _points(curve: str, base: FlashPrefillConfig) -> list[Point]:
             raise ValueError("alpha and selector stand before the @")
         if selector in SELECTORS:
             fields["selector"] = selector
-        configs = [replace(base, alpha=alpha, **fields) for alpha in thresholds]
+        configs = [replace(base, alpha=alpha, **({"layer_alphas": None} | fields)) for alpha in thresholds]
     except (ValueError, TypeError) as error:
         raise UsageError(f"--curves {curve}: {error}") from None
     if any(config.backend == "reference" for config in configs):

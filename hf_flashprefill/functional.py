@@ -135,9 +135,10 @@ def select_in_rounds(
     if backend is reference:
         yield reference.select_blocks(query, key, geometry, **rule)
         return
-    pooled = backend.pool_keys(key, geometry, rule["pool_size"])
+    selecting = selecting_backend(config.selector, backend)
+    pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
     for first, count in _rounds(geometry, query.shape[1]):
-        yield backend.select_blocks(query, pooled, geometry, first_query_block=first, query_blocks=count, **rule)
+        yield selecting.select_blocks(query, pooled, geometry, first_query_block=first, query_blocks=count, **rule)
 
 
 def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
