@@ -36,7 +36,7 @@ from eval.schema import Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.config import SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, median_ms
-from hf_flashprefill.functional import resolve_backend, selection_rule
+from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
 SDPA_BACKENDS = {
@@ -108,40 +108,59 @@ def passes_gate(backend: Any, head_dim: int, args: argparse.Namespace) -> bool:
     return error <= 2 * allowed + 1e-6
 
 
+def stage_runs(
+    backend: Any, tensors: Tensors, index: BlockIndex, config: FlashPrefillConfig, scale: float
+) -> dict[str, Callable[[], Any]]:
+    """The stages of the operator as functions without arguments: pool, select, attend, and operator, all of them in turn.
+
+    What is attended are the lists of ``index``, whatever ``select`` finds.
+    """
+    query, key, value = tensors
+    geometry, rule = index.geometry, selection_rule(config)
+    selecting = selecting_backend(config.selector, backend)
+    blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
+    output = torch.empty_like(query)
+
+    def pool() -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
+        if not config.correction:
+            return pooled, None
+        return pooled, tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
+
+    pooled, means = pool()
+
+    def select(pooled: torch.Tensor = pooled) -> BlockIndex:
+        return selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
+
+    def attend() -> None:
+        backend.attend_blocks(query, key, value, index, scale=scale, output=output, means=means)
+
+    def operator() -> None:
+        select(pool()[0])
+        attend()
+
+    return {stage.__name__: stage for stage in (pool, select, attend, operator)}
+
+
 def measure(length: int, density: float, head_dim: int, batch: int, args: argparse.Namespace) -> dict:
     """All stages and baselines of one shape."""
-    tensors = query, key, value = random_tensors(batch, length, head_dim, args)
+    tensors = query, _, _ = random_tensors(batch, length, head_dim, args)
     backend, scale = resolve_backend(args.backend, query), head_dim**-0.5
     geometry = PrefillGeometry(batch, length, length, 0, 128)
     index = imposed_index(geometry, args.heads, density, args.device, args.dense_tail_blocks)
-    output = torch.empty_like(query)
-    blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
-
-    def attend() -> None:
-        backend.attend_blocks(query, key, value, index, scale=scale, output=output)
 
     def timed(run: Callable[[], object]) -> dict[str, float]:
         return median_ms(run, args.device, args.seconds)
 
-    row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, "attend": timed(attend)}
+    configs = {selector: FlashPrefillConfig(selector=selector, alpha=1.0) for selector in args.selectors}
+    runs_of = {selector: stage_runs(backend, tensors, index, config, scale) for selector, config in configs.items()}
+    attend = timed(runs_of[args.selectors[0]]["attend"])
+    row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, "attend": attend}
     # Two products of 2 * block * block * head_dim operations per kept block.
     row["attend_tflops"] = 4 * 128 * 128 * head_dim * int(index.counts.sum()) / row["attend"]["median_ms"] / 1e9
-    for selector in args.selectors:
-        rule = selection_rule(FlashPrefillConfig(selector=selector, alpha=1.0))
-        pooled = backend.pool_keys(key, geometry, rule["pool_size"])
-
-        def pool(rule: dict = rule) -> torch.Tensor:
-            return backend.pool_keys(key, geometry, rule["pool_size"])
-
-        def select(pooled: torch.Tensor = pooled, rule: dict = rule) -> BlockIndex:
-            return backend.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
-
-        def operator(pool: Callable = pool, select: Callable = select) -> None:
-            select(pool())
-            attend()
-
-        for stage in (pool, select, operator):
-            row[f"{stage.__name__}_{selector}"] = timed(stage)
+    for selector, runs in runs_of.items():
+        for stage in ("pool", "select", "operator"):
+            row[f"{stage}_{selector}"] = timed(runs[stage])
         index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
         row[f"index_share_{selector}"] = index_ms / (index_ms + row["attend"]["median_ms"])
     runs = {name: dense_attention(name, tensors) for name in args.baselines if name != "flex"}

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator, SymmetricalLogLocator
 
 BLUE, ORANGE, GREY, INK = "#2b6cb0", "#c05621", "#9aa5b1", "#2d3748"
 SERIES = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#4a5568")
@@ -162,28 +162,55 @@ def draw_ruler(summary: list[dict]) -> Figure:
     return figure
 
 
-def draw_selection(rows: list[dict]) -> Figure:
-    """Recall and rise of perplexity against density, a line per selector."""
-    figure, axes = new_figure(8, 3, 1, 2)
-    lengths = sorted({row["length"] for row in rows if "length" in row})
-    densities = [row["density"] for row in rows]
-    groups = sorted({(row["selector"], row.get("length")) for row in rows}, key=str)
-    for (selector, length), colour in zip(groups, SERIES * len(groups), strict=False):
-        chosen = [row for row in rows if (row["selector"], row.get("length")) == (selector, length)]
-        chosen.sort(key=lambda row: row["density"])
-        label = f"{selector}, {tokens(length)}" if len(lengths) > 1 else selector
-        for axis, field in zip(axes, ("recall", "perplexity_rise"), strict=True):
-            points = [(row["density"], row[field]) for row in chosen if row.get(field) is not None]
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, lw=1.2, ms=4, label=label)
-    for axis, label in zip(axes, ("answers right", "rise of perplexity"), strict=True):
-        if max(densities) > 5 * min(densities):
-            _plain_log_axis(axis, "x")
-        axis.set_xlabel("density", fontsize=9)
-        axis.set_ylabel(label, fontsize=9)
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.1f} %")
-    axes[1].axhline(0, color=GREY, lw=0.8)
-    axes[0].legend(fontsize=8, frameon=False)
+# What is drawn of a selection summary, by field.
+SELECTION_PANELS = {
+    "recall": "answers right",
+    "perplexity_rise": "rise of perplexity",
+    "kept_mass": "attention kept",
+    "operator_seconds": "operator, ms a layer",
+}
+
+
+def draw_selection(summary: list[dict]) -> Figure:
+    """Recall, rise of perplexity and, where they were measured, kept mass and time against density: a line of panels per
+    length, a line per selector, oracles dashed."""
+    known = [row for row in summary if row["density"] is not None]
+    lengths = sorted({row.get("length", 0) for row in known})
+    fields = [field for field in SELECTION_PANELS if any(row.get(field) is not None for row in known)]
+    names = list(dict.fromkeys(row["selector"] for row in known))
+    figure, axes = new_figure(1 + 3.2 * len(fields), 0.6 + 2.7 * len(lengths), len(lengths), len(fields), squeeze=False)
+    for line, length in zip(axes, lengths, strict=True):
+        for axis, field in zip(line, fields, strict=True):
+            for number, name in enumerate(names):
+                chosen = [row for row in known if (row["selector"], row.get("length", 0)) == (name, length)]
+                _draw_curve(axis, chosen, field, SERIES[number % len(SERIES)])
+            _selection_axis(axis, field, [row["density"] for row in known if row.get("length", 0) == length])
+        if length:
+            line[0].set_title(f"{tokens(length)} tokens", fontsize=9, loc="left")
+    axes[0, 0].legend(fontsize=7, frameon=False)
     return figure
+
+
+def _draw_curve(axis: Axes, rows: list[dict], field: str, colour: str) -> None:
+    rows = sorted((row for row in rows if row.get(field) is not None), key=lambda row: row["density"])
+    if rows:
+        factor = 1e3 if field == "operator_seconds" else 1
+        style = "o--" if rows[0]["selector"].startswith("oracle") else "o-"
+        values = [factor * row[field] for row in rows]
+        axis.plot([row["density"] for row in rows], values, style, color=colour, lw=1.2, ms=3.5, label=rows[0]["selector"])
+
+
+def _selection_axis(axis: Axes, field: str, densities: list[float]) -> None:
+    if max(densities) > 3 * min(densities):
+        _plain_log_axis(axis, "x")
+    if field == "perplexity_rise":
+        # Linear around 0, where the noise is, and logarithmic above: defaults are told apart by tenths of a percent.
+        axis.set_yscale("symlog", linthresh=0.002)
+        axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=0.002, subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.1f} %")
+        axis.axhline(0, color=GREY, lw=0.8)
+    axis.set_xlabel("density", fontsize=9)
+    axis.set_ylabel(SELECTION_PANELS[field], fontsize=9)
 
 
 def draw_ttft(rows: list[dict]) -> Figure:

@@ -5,9 +5,12 @@ Everything here computes whole attention maps of one head, so it is meant for pr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from hf_flashprefill import BlockIndex
@@ -21,9 +24,9 @@ class AttentionInput(NamedTuple):
     value: torch.Tensor
 
 
-@torch.no_grad()
-def attention_inputs(model: PreTrainedModel, ids: torch.Tensor) -> list[AttentionInput]:
-    """The inputs of every attention layer, in the order of their calls, for one prompt of token ids [S].
+@contextlib.contextmanager
+def observed_attention(model: PreTrainedModel, observe: Callable[[nn.Module, AttentionInput, float], None]) -> Iterator[None]:
+    """Inside, ``observe`` is called with each attention layer, its inputs and its scale, before the layer attends.
 
     The model may be patched or not; its outputs are as usual.
 
@@ -34,17 +37,31 @@ def attention_inputs(model: PreTrainedModel, ids: torch.Tensor) -> list[Attentio
     if name not in AttentionInterface():
         raise ValueError(f"the model's attention must be a registered one such as sdpa, got {name!r}")
     attend = AttentionInterface()[name]
-    seen: list[AttentionInput] = []
 
-    def recording(module, query, key, value, *args, **kwargs):
-        seen.append(AttentionInput(query, key, value))
+    def observing(module, query, key, value, *args, **kwargs):
+        scale = kwargs.get("scaling")
+        observe(module, AttentionInput(query, key, value), query.shape[-1] ** -0.5 if scale is None else scale)
         return attend(module, query, key, value, *args, **kwargs)
 
-    AttentionInterface.register(name, recording)
+    AttentionInterface.register(name, observing)
     try:
-        model(ids[None].to(model.device), logits_to_keep=1)
+        yield
     finally:
         AttentionInterface.register(name, attend)
+
+
+@torch.no_grad()
+def attention_inputs(model: PreTrainedModel, ids: torch.Tensor) -> list[AttentionInput]:
+    """The inputs of every attention layer, in the order of their calls, for one prompt of token ids [S].
+
+    The model may be patched or not.
+
+    Raises:
+        ValueError: The model's attention is not in transformers' registry, as eager is not.
+    """
+    seen: list[AttentionInput] = []
+    with observed_attention(model, lambda module, inputs, scale: seen.append(inputs)):
+        model(ids[None].to(model.device), logits_to_keep=1)
     return seen
 
 

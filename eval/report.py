@@ -22,7 +22,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval import common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler
+from eval import calibrate, common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler, selection
 from hf_flashprefill import LayerStats, PrefillStats
 from hf_flashprefill.plotting import plot_density
 
@@ -77,12 +77,6 @@ def rows_table(record: dict, columns: dict[str, Callable[[dict], Any]]) -> str:
         return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
     return common.format_table(list(columns), [[cell(value(row)) for value in columns.values()] for row in record["rows"]])
-
-
-def selection_table(record: dict) -> str:
-    names = ("length", "selector", "alpha", "density", "recall", "perplexity_rise")
-    present = [name for name in names if any(name in row for row in record["rows"])]
-    return rows_table(record, {name.replace("_", " "): (lambda row, name=name: row.get(name)) for name in present})
 
 
 def ttft_table(record: dict) -> str:
@@ -148,9 +142,17 @@ KINDS = {
     ),
     "selection": Kind(
         "Quality against density",
-        "Each line is a selector, each point a threshold. Recall: higher is better; perplexity: lower is better.",
-        selection_table,
-        lambda record: [Picture("selection", pictures.draw_selection(record["rows"]), "What a density costs.")],
+        "Each line is a selector, each point a threshold. Oracles know the true attention, which costs more than dense. Kept "
+        "mass and times are of the unpatched model's tensors, times of one layer; index is pool and select.",
+        lambda record: selection.summary_table(record["summary"]),
+        lambda record: [Picture("selection", pictures.draw_selection(record["summary"]), "What a density costs.")],
+    ),
+    "calibrate": Kind(
+        "Calibration",
+        "The alpha of each layer and the share of the attention it keeps: measured on dense layers, and, held out, on prompts "
+        "that took no part with all layers sparse.",
+        lambda record: calibrate.layer_table(record["rows"]),
+        lambda record: [],
     ),
     "ttft": Kind(
         "Time to the first token",
@@ -190,7 +192,7 @@ def describe_run(record: dict, path: Path) -> str:
     model, environment, config = record.get("model"), record.get("environment", {}), record.get("config") or {}
     parts = [model["name"] if isinstance(model, dict) else model, environment.get("device")]
     if record["harness"] not in ("selection", "ttft", "operator_speed") and config:
-        parts.append(f"selector {config['selector']}, alpha {config['alpha']:g}")
+        parts.append(common.describe(config))
     parts += [environment.get("time"), f"commit {environment['commit']}" if environment.get("commit") else None, path.name]
     return " · ".join(str(part) for part in parts if part)
 

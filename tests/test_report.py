@@ -53,10 +53,20 @@ MADE = {
         "summary": [{"tasks": ["t"], "density": 0.5}],
     },
     "selection": {
-        "rows": [
-            {"selector": s, "alpha": a, "density": 0.5 - a, "recall": 1 - a, "perplexity_rise": a / 10}
+        "rows": [{"prompt": "0"}],
+        "summary": [
+            {"length": 4096, "selector": s, "alpha": a, "density": 0.5 - a, "recall": 1 - a, "perplexity_rise": a / 10}
+            | {"recall_change": -a, "recall_change_low": -2 * a, "recall_change_high": a, "kept_mass": 1 - a / 2}
+            | {"perplexity_rise_standard_error": 0.001, "index_seconds": a / 1e3, "operator_seconds": a / 100}
             for s in ("flashprefill", "peak")
             for a in (0.125, 0.25)
+        ],
+    },
+    "calibrate": {
+        "rows": [
+            {"layer": 0, "alpha": 0.0625, "density": 0.25, "mass": 0.9925, "lowest_head_mass": 0.9825}
+            | {"held_out_density": held_out, "held_out_mass": held_out and 0.9915}
+            for held_out in (0.26, None)
         ]
     },
     "ttft": {
@@ -89,7 +99,17 @@ def test_every_kind_is_there_with_its_numbers(page):
     text = page.read_text()
     for kind in report.KINDS.values():
         assert f">{kind.title}</h2>" in text
-    for number in ("+1.23% ± 0.10%", "+4.56%", "87.5", "62.5", "0.375", "-0.2500 ± 0.1250"):
+    for number in (
+        "+1.23% ± 0.10%",
+        "+4.56%",
+        "87.5",
+        "62.5",
+        "0.375",
+        "0.9375",
+        "+2.50% ± 0.10%",
+        "-0.2500 ± 0.1250",
+        "0.9915",
+    ):
         assert number in text, number
     measured = [json.loads(path.read_text()) for path in MEASURED]
     for record in measured:
@@ -104,9 +124,9 @@ def test_the_page_needs_nothing_else_and_its_pictures_are_not_blank(page):
     assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', text)
     embedded = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", text)]
     files = sorted(page.with_suffix("").iterdir())
-    # The table of lm_eval has no picture; whatever recorded densities by head has one of those besides its own.
+    # Tables alone have no picture; whatever recorded densities by head has one of those besides its own.
     records = [json.loads(path.read_text()) for path in [*MEASURED, *page.parent.glob("*.json")]]
-    pictured = sum(record["harness"] != "lm_eval" for record in records)
+    pictured = sum(record["harness"] not in ("lm_eval", "calibrate") for record in records)
     of_density = sum(
         record["harness"] in ("recall", "perplexity") and any("head_density" in row for row in record["rows"])
         for record in records
@@ -128,11 +148,16 @@ def test_density_pictures_average_the_prompts():
 
 
 def test_lines_hold_the_values_of_the_rows():
-    figure = pictures.draw_selection(MADE["selection"]["rows"])
+    summary = MADE["selection"]["summary"]
+    figure = pictures.draw_selection(summary)
     assert [line.get_label() for line in figure.axes[0].lines] == ["flashprefill", "peak"]
     # In the order of density, so that a line does not run back.
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.25, 0.75], [0.375, 0.875]]
     assert figure.axes[1].lines[1].get_xydata().tolist() == [[0.25, 0.025], [0.375, 0.0125]]
+    assert figure.axes[3].lines[1].get_xydata().tolist() == [[0.25, 2.5], [0.375, 1.25]]
+    # What was not measured has no panel; every length has a line of them.
+    untimed = [row | {"operator_seconds": None, "length": n} for row in summary for n in (4096, 8192)]
+    assert len(pictures.draw_selection(untimed).axes) == 6
     rows = [{"length": n, "head_dim": d, "batch": 1, "speedup_over_sdpa": n / d} for d in (64, 128) for n in (2048, 1024)]
     figure = pictures.draw_operator(rows)
     # A line per shape, from short to long; the last line is the one at 1.

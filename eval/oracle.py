@@ -1,0 +1,139 @@
+"""The selection that no probe can beat: key blocks kept by their true share of the attention, which costs more than dense.
+
+``"oracle-mean"`` keeps a block when the mean over a query block's rows of the block's exact softmax mass is at least the
+threshold, so at its density no other choice keeps more of the attention. ``"oracle-max"`` asks for the largest mass that
+any row of the query block gives, which spares what a single row needs. A probe's distance to both is what a better probe
+could still gain. Both take whole prompts of one row without padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from hf_flashprefill import BlockIndex, functional
+from hf_flashprefill.geometry import PrefillGeometry
+
+ORACLES = ("oracle-mean", "oracle-max")
+# Logits of this many entries at a time, 256 MiB in float32.
+LOGITS_AT_ONCE = 1 << 26
+
+
+class BlockMasses(NamedTuple):
+    """Softmax mass of each key block, over the rows of each query block: float32 [1, Hq, T, N], 0 for later blocks."""
+
+    mean: torch.Tensor
+    largest: torch.Tensor
+
+    def of(self, oracle: str) -> torch.Tensor:
+        return self.mean if oracle == "oracle-mean" else self.largest
+
+
+def row_masses(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, block_size: int, scale: float) -> torch.Tensor:
+    """Exact share of each key block in the causal attention of some queries of a whole prompt.
+
+    Args:
+        query: [1, Hq, S, D].
+        key: [1, Hkv, S, D].
+        rows: int64 [R], which queries, ascending.
+        block_size: Tokens per key block.
+        scale: Multiplies query-key products.
+
+    Returns:
+        float32 [Hq, R, N]; every row sums to 1. Logits are held a few rows at a time.
+    """
+    (heads, length), key_heads = query.shape[1:3], key.shape[1]
+    end = int(rows[-1]) + 1
+    keys = key[0, :, :end].float().transpose(1, 2)
+    position = torch.arange(end, device=query.device)
+    parts = []
+    for part in rows.split(max(1, LOGITS_AT_ONCE // (heads * end))):
+        grouped = query[0, :, part].float().mul(scale).unflatten(0, (key_heads, -1)).flatten(1, 2)
+        logits = (grouped @ keys).view(heads, len(part), end)
+        logits.masked_fill_(position > part[:, None], float("-inf"))
+        shares = F.pad(logits.softmax(-1), (0, -end % block_size))
+        parts.append(shares.unflatten(-1, (-1, block_size)).sum(-1))
+    blocks = -(-length // block_size)
+    return F.pad(torch.cat(parts, 1), (0, blocks - parts[0].shape[-1]))
+
+
+def block_masses(
+    query: torch.Tensor, key: torch.Tensor, geometry: PrefillGeometry, scale: float, first: int = 0, count: int | None = None
+) -> BlockMasses:
+    """True block masses of ``count`` query blocks from ``first`` on, all if None.
+
+    Raises:
+        ValueError: Not a whole prompt of one row without padding.
+    """
+    if geometry.batch != 1 or geometry.query_offset or geometry.valid_ranges is not None:
+        raise ValueError("true block masses take a whole prompt of one row without padding")
+    size, length = geometry.block_size, geometry.query_len
+    last = geometry.query_blocks if count is None else first + count
+    means, largest = [], []
+    for block in range(first, last):
+        rows = torch.arange(block * size, min((block + 1) * size, length), device=query.device)
+        masses = row_masses(query, key, rows, size, scale)
+        means.append(masses.mean(1))
+        largest.append(masses.amax(1))
+    return BlockMasses(torch.stack(means, 1)[None], torch.stack(largest, 1)[None])
+
+
+def index_from_masses(
+    masses: torch.Tensor,
+    geometry: PrefillGeometry,
+    first_query_block: int = 0,
+    *,
+    alpha: float,
+    sink_blocks: int,
+    window_blocks: int,
+    dense_tail_blocks: int,
+) -> BlockIndex:
+    """Lists of the blocks with a mass [1, Hq, T, N] of at least ``alpha``, and of those that every selector keeps."""
+    tile = torch.arange(masses.shape[2], device=masses.device)[:, None] + first_query_block
+    block = torch.arange(masses.shape[3], device=masses.device)
+    kept = (masses >= alpha) | (block < sink_blocks) | (tile - block < window_blocks)
+    kept |= tile >= geometry.query_blocks - dense_tail_blocks
+    return BlockIndex.from_mask(kept & (block <= tile), geometry, first_query_block)
+
+
+class _OracleBackend:
+    """A backend for one call of the operator whose selection knows the true block masses."""
+
+    def __init__(self, backend: ModuleType, oracle: str):
+        self._backend, self._oracle, self._key = backend, oracle, None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._backend, name)
+
+    def pool_keys(self, key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
+        # The operator pools the keys before it selects, and hands the selection nothing but the pools.
+        self._key = key if self._key is None else self._key
+        return self._backend.pool_keys(key, geometry, pool_size)
+
+    def select_blocks(
+        self, query, pooled, geometry, *, scale, first_query_block, query_blocks, alpha, sink_blocks, window_blocks,
+        dense_tail_blocks, **probe,
+    ) -> BlockIndex:  # fmt: skip
+        masses = block_masses(query, self._key, geometry, scale, first_query_block, query_blocks).of(self._oracle)
+        forced = {"sink_blocks": sink_blocks, "window_blocks": window_blocks, "dense_tail_blocks": dense_tail_blocks}
+        return index_from_masses(masses, geometry, first_query_block, alpha=alpha, **forced)
+
+
+@contextlib.contextmanager
+def oracle_selection(oracle: str) -> Iterator[None]:
+    """Inside, sparse calls keep the blocks that the oracle keeps at the config's ``alpha``, whatever its selector.
+
+    Everything else stays as it is: what runs sparse, the attention over the kept blocks, the statistics. For the backends
+    ``"torch"`` and ``"triton"``, not for ``"reference"``.
+    """
+    resolve = functional.resolve_backend
+    functional.resolve_backend = lambda name, query: _OracleBackend(resolve(name, query), oracle)
+    try:
+        yield
+    finally:
+        functional.resolve_backend = resolve
