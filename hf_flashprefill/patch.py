@@ -211,6 +211,9 @@ class _SeamPart:
         for module in modules:
             if re.search(r"\b(block_)?indices=", _source(type(module))):
                 raise UnsupportedModelError(f"{name}: {type(module).__name__} brings its own sparse index")
+            # A mask of ours is none to calculate with. Choosing the encoder's, which GPT-2 can, is harmless.
+            if re.search(r"\battention_mask(\s=\s(?!encoder_)|\s[&*+-]\s|[.\[])", _source(type(module))):
+                raise UnsupportedModelError(f"{name}: {type(module).__name__} changes the attention mask it is given")
         if getattr(self.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name}: encoder-decoder models have no causal prefill")
 

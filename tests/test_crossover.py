@@ -27,7 +27,7 @@ from hf_flashprefill.crossover import (
     min_seq_len_of_model,
 )
 from hf_flashprefill.crossover import __main__ as command
-from hf_flashprefill.masking import _TAKES_CACHE_POSITION, PlainCausalMask
+from hf_flashprefill.masking import _TAKES_CACHE_POSITION, CausalMask
 from hf_flashprefill.support.situations import padding, prompt
 from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
@@ -322,7 +322,7 @@ def seen(monkeypatch):
 
     def spy(config, module, query, key, value, attention_mask, *rest):
         reason = decide(config, module, query, key, value, attention_mask, *rest)
-        calls.append((query.shape[2], isinstance(attention_mask, PlainCausalMask), reason is None))
+        calls.append((query.shape[2], isinstance(attention_mask, CausalMask), reason is None))
         return reason
 
     monkeypatch.setattr(seam, "dense_reason", spy)
