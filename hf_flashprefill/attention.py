@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .config import FlashPrefillConfig
+from .crossover import LayerShape, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .functional import DTYPES, flash_prefill_attention
 from .masking import CausalMask, base_mask_for
@@ -121,7 +122,8 @@ def dense_reason(
     query_len = query.shape[2]
     if query_len == 1:
         return "decode"
-    if query_len < config.min_seq_len:
+    shape = LayerShape(query.shape[1], key.shape[1], query.shape[3], query.dtype)
+    if query_len < min_seq_len_for(config, shape, query.device):
         return "shorter than min_seq_len"
     if getattr(module, "layer_idx", None) in config.dense_layers:
         return "dense layer"
