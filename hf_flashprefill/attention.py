@@ -29,8 +29,8 @@ logger = logging.get_logger(__name__)
 
 # Keyword arguments that change the attention itself. Any that is not None keeps the call dense.
 FOREIGN_ARGUMENTS = {
-    # Inkling's, one for each token. gpt-oss and others pass one for each head as s_aux, which runs sparse.
-    "sinks": "attention sinks of each token",
+    # One for each token. One for each head comes as s_aux and runs sparse.
+    "sinks": "attention sinks",
     "softcap": "softcap",
     "position_bias": "position bias",
     "cu_seq_lens_q": "packed sequences",
@@ -170,7 +170,7 @@ def dense_reason(
             return reason
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.shape != query.shape[1:2]:
-        return "attention sinks of each token"
+        return "attention sinks"
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "not causal"
