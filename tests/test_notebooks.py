@@ -58,4 +58,4 @@ def test_runs(name, monkeypatch):
         mass, density = re.search(r"held out: (\S+) of the attention at density (\S+)", text).groups()
         assert float(mass) > 0.95
         assert float(density) < 0.9
-        assert int(re.search(r"(\d+) of 96 questions right at density", text)[1]) > 80
+        assert int(re.search(r"(\d+) of 96 questions right at density", text)[1]) > 90
