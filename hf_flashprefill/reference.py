@@ -19,10 +19,14 @@ from .geometry import PrefillGeometry
 
 
 def pooled_keys(keys: torch.Tensor, pool_size: int) -> torch.Tensor:
-    """Mean of every ``pool_size`` keys: [Hkv, S, D] -> [Hkv, P, D] in the keys' dtype; a partial pool divides by its count."""
+    """Mean of every ``pool_size`` keys: [Hkv, S, D] -> [Hkv, P, D] in the keys' dtype; a partial pool divides by its count.
+
+    A pool with an infinite key becomes NaN, because the sign of its products says nothing of other queries'.
+    """
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
     means = [pool.to(wide).mean(dim=1) for pool in keys.split(pool_size, dim=1)]
-    return torch.stack(means, dim=1).to(keys.dtype)
+    pooled = torch.stack(means, dim=1).to(keys.dtype)
+    return pooled.masked_fill(~pooled.isfinite(), math.nan)
 
 
 def block_energies(
@@ -96,7 +100,7 @@ def probe_shares(
     logits = logits.masked_fill(positions[:, None] < last_token.clamp(max=key_count - 1), -math.inf)
     # A query that sees no pooled key yet has no shares to give.
     sums = (logits * math.log(2)).logsumexp(-1, keepdim=True) / math.log(2)
-    return (logits - sums.nan_to_num(neginf=0.0)).masked_fill(sums == -math.inf, -math.inf), positions
+    return (logits - sums.masked_fill(sums == -math.inf, 0.0)).masked_fill(sums == -math.inf, -math.inf), positions
 
 
 def block_shares(
@@ -137,16 +141,16 @@ def kept_blocks(
 
     ``"share"``: its score, a log2, is at least ``alpha``. ``"peak"`` and ``"flashprefill"``: at least ``alpha`` times the
     row's largest. ``"topk"``: it is among the largest 1 - ``alpha`` of the visible blocks, rounded up. ``"topp"``: it and all
-    blocks with less mass have at least ``alpha`` of the row's mass.
+    blocks with less mass have at least ``alpha`` of the row's mass. What is NaN is kept, so that attention shows it.
     """
     tiles, count = scores.shape[1:]
     query_block = torch.arange(first_block, first_block + tiles, device=scores.device)[:, None]
     key_block = torch.arange(count, device=scores.device)[None, :]
     log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
     if selector == "share":
-        kept = scores >= log_alpha
+        kept = ~(scores < log_alpha)
     elif selector == "topk":
-        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept = scores.isnan()
         for row in range(tiles):
             visible = first_block + row + 1
             # Ties go to the earlier block.
@@ -154,10 +158,10 @@ def kept_blocks(
             kept[:, row].scatter_(-1, order[:, : math.ceil((1 - alpha) * visible)], True)
     elif selector == "topp":
         masses, order = scores.sort(dim=-1, stable=True)
-        reached = masses.cumsum(-1) >= alpha * masses.sum(-1, keepdim=True)
+        reached = ~(masses.cumsum(-1) < alpha * masses.sum(-1, keepdim=True))
         kept = torch.zeros_like(reached).scatter_(-1, order, reached)
     else:
-        kept = scores >= scores.amax(-1, keepdim=True) + log_alpha
+        kept = ~(scores < scores.amax(-1, keepdim=True) + log_alpha)
     kept = kept | (key_block < sink_blocks) | (query_block - key_block < window_blocks)
     kept = kept | (query_block >= first_block + tiles - dense_tail_blocks)
     return kept & (key_block <= query_block)
@@ -209,7 +213,8 @@ def row_attention(
             if sliding_window is not None:
                 seen &= distance < sliding_window
             logits = [(query[rows].to(dtype) @ key.T * scale).masked_fill(~seen, -math.inf)]
-            columns = [value]
+            # Weight 0 times a NaN in a block that was dropped would still be NaN.
+            columns = [value.masked_fill(~seen.any(0)[:, None], 0.0)]
             if correction:
                 dropped = ~mask & (key_block < first_block + block)
                 means = query[rows].to(dtype) @ key_means[head // group, dropped[: key_means.shape[1]]].to(dtype).T * scale

@@ -60,7 +60,9 @@ def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> t
     pools = blocked_keys(key, geometry).flatten(2, 3).unflatten(2, (-1, pool_size))
     starts = torch.arange(pools.shape[2], device=key.device) * pool_size
     count = (geometry.spans(key.device).key_end[:, None] - starts).clamp(1, pool_size)
-    return (pools.sum(3, dtype=torch.float32) / count[:, None, :, None]).to(key.dtype)
+    pooled = (pools.sum(3, dtype=torch.float32) / count[:, None, :, None]).to(key.dtype)
+    # As reference.pooled_keys: an infinite key must not hide behind the sign of its products.
+    return pooled.masked_fill_(~pooled.isfinite(), math.nan)
 
 
 def select_blocks(
@@ -107,12 +109,15 @@ def select_blocks(
 
 
 def _passing(scores: torch.Tensor, selector: str, alpha: float, visible: torch.Tensor) -> torch.Tensor:
-    """Blocks that the selector keeps by their scores [B, Hq, T, N], of which ``visible`` [B, 1, T, 1] are before the query."""
+    """Blocks that the selector keeps by their scores [B, Hq, T, N], of which ``visible`` [B, 1, T, 1] are before the query.
+
+    What is NaN is kept, so that attention shows it.
+    """
     log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
     if selector == "share":
-        return scores >= log_alpha
+        return ~(scores < log_alpha)
     if selector not in SORTING_SELECTORS:
-        return scores >= scores.amax(-1, keepdim=True) + log_alpha
+        return ~(scores < scores.amax(-1, keepdim=True) + log_alpha)
     place = torch.arange(scores.shape[-1], device=scores.device)
     if selector == "topk":
         # What is not visible sorts last, behind what is visible and has no score.
@@ -121,8 +126,8 @@ def _passing(scores: torch.Tensor, selector: str, alpha: float, visible: torch.T
         passing = place < ((1 - alpha) * visible.double()).ceil()
     else:
         masses, order = scores.sort(dim=-1, stable=True)
-        passing = masses.cumsum(-1) >= alpha * masses.sum(-1, keepdim=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, passing.expand_as(order))
+        passing = ~(masses.cumsum(-1) < alpha * masses.sum(-1, keepdim=True))
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, passing.expand_as(order)) | scores.isnan()
 
 
 def _probing_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,7 +172,9 @@ def _block_masses(
     batch, heads, tiles = rows.shape[:3]
     masses = torch.empty(batch, heads, tiles, key_blocks, dtype=torch.float32, device=rows.device)
     for part, logits in _masked_logits(rows, positions, pooled, last_key, scale):
-        shares = logits.mul_(math.log(2)).softmax(-1).nan_to_num_(0.0)
+        # A query without keys has no mass to give.
+        empty = logits.isneginf().all(-1, keepdim=True)
+        shares = logits.mul_(math.log(2)).softmax(-1).masked_fill_(empty, 0.0)
         masses[:, :, part] = shares.unflatten(-1, (key_blocks, -1)).sum((3, 5))
     return masses
 

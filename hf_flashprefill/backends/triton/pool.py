@@ -60,6 +60,8 @@ def _pool_keys_kernel(
         ).to(tl.float32)
     count = tl.minimum(tl.maximum(key_end - first_position, 1), POOL)
     means = total / count[:, None]
+    # As reference.pooled_keys: an infinite key must not hide behind the sign of its products.
+    means = tl.where(tl.abs(means) < float("inf"), means, float("nan"))
     if PER_BLOCK == 1:
         row = block + within
     else:

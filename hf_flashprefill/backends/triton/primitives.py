@@ -26,8 +26,8 @@ def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: tl.
 
 @triton.jit
 def append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptr, count):
-    """Append to a list of ``count`` entries those blocks, up to ``own``, that are kept by score or in any case."""
-    kept = (scores >= threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
+    """Append to a list of ``count`` entries those blocks, up to ``own``, that are kept by score (NaN is) or in any case."""
+    kept = ~(scores < threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
     kept = (kept & (blocks <= own)).to(tl.int32)
     place = count + tl.cumsum(kept, 0) - 1
     tl.store(list_ptr + place, blocks, mask=kept != 0)

@@ -39,6 +39,13 @@ def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.co
     return peaks, new_max, running_sum
 
 
+@triton.jit
+def _shares_of(peaks, log_sums):
+    """log2 shares [queries, blocks]; what is NaN counts as the largest, so that attention shows it."""
+    shares = peaks - log_sums[:, None]
+    return tl.where(shares == shares, shares, float("inf"))
+
+
 @triton.jit(
     do_not_specialize=[
         "kv_len",
@@ -169,7 +176,7 @@ def _select_shares_kernel(
     largest = tl.max(tl.max(running_max, 2), 1)
     total = tl.sum(tl.sum(running_sum * tl.exp2((running_max - largest[:, None, None]) * scale_log2), 2), 1)
     # A query without keys, or a row that is no query, must give no block a share.
-    is_voting = is_probe & (total > 0)
+    is_voting = is_probe & (total != 0)
     log_sum = largest * scale_log2 + tl.log2(tl.where(is_voting, total, 1.0))
     tl.store(sums_ptr + row, tl.where(is_voting, log_sum, float("inf")))
 
@@ -191,14 +198,14 @@ def _select_shares_kernel(
                     for first in range(0, own + 1, BLOCK_LIST):
                         blocks = first + tl.arange(0, BLOCK_LIST)
                         peaks = tl.load(peak_rows + blocks[None, :], mask=(blocks <= own)[None, :], other=float("-inf"))
-                        best = tl.maximum(best, tl.max(peaks - log_sums[:, None], 0))
+                        best = tl.maximum(best, tl.max(_shares_of(peaks, log_sums), 0))
                     threshold = tl.max(best, 0) + log2_alpha
                 list_ptr = indices_ptr + list_row * width
                 keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
                 for first in range(0, own + 1, BLOCK_LIST):
                     blocks = first + tl.arange(0, BLOCK_LIST)
                     peaks = tl.load(peak_rows + blocks[None, :], mask=(blocks <= own)[None, :], other=float("-inf"))
-                    scores = tl.max(peaks - log_sums[:, None], 0)
+                    scores = tl.max(_shares_of(peaks, log_sums), 0)
                     count = append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptr, count)
             tl.store(counts_ptr + list_row, count)
 
