@@ -62,7 +62,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True, min_seq_len: int = 1) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True, min_seq_len: int | str = 1) -> None:
     """Settings of the patched state.
 
     Args:
@@ -74,7 +74,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True,
     if has_rule:
         parser.add_argument("--alpha", type=float, help=f"threshold, the same for all layers (default: {defaults.alpha})")
         parser.add_argument("--selector", help=f"rule that scores blocks (default: {defaults.selector})")
-    parser.add_argument("--min-seq-len", type=int, help=f"shortest prompt that runs sparse (default: {min_seq_len})")
+    parser.add_argument(
+        "--min-seq-len",
+        type=_json_or_text,
+        metavar="TOKENS",
+        help=f'shortest prompt that runs sparse, or "auto" (default: {min_seq_len})',
+    )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="JSON file of FlashPrefillConfig's fields, such as eval.calibrate writes"
     )

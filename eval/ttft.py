@@ -30,9 +30,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from transformers.masking_utils import AttentionMaskInterface
 
 from eval import common
-from eval.operator_speed import PUBLISHED_DENSITY
 from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
+from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
 
 SHAPES = {
     "llama-3.1-8b": lambda: LlamaConfig(

@@ -15,6 +15,7 @@ from .patch import (
     unpatched,
 )
 from .stats import LayerStats, PrefillStats, prefill_stats, reset_prefill_stats
+from .warming import LayerWarmup, WarmupReport, warmup
 
 __version__ = "0.1.0"
 
@@ -24,9 +25,11 @@ __all__ = [
     "FlashPrefillConfig",
     "LayerCalibration",
     "LayerStats",
+    "LayerWarmup",
     "PrefillOutput",
     "PrefillStats",
     "UnsupportedModelError",
+    "WarmupReport",
     "calibrate",
     "flash_prefill_attention",
     "is_patched",
@@ -38,4 +41,5 @@ __all__ = [
     "reset_prefill_stats",
     "unpatch_model",
     "unpatched",
+    "warmup",
 ]

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .audit import start_audit
 from .block_index import BlockIndex
 from .config import FlashPrefillConfig
+from .crossover import LayerShape, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .functional import DTYPES, flash_prefill_attention
 from .masking import CausalMask, base_mask_for
@@ -28,8 +29,8 @@ logger = logging.get_logger(__name__)
 
 # Keyword arguments that change the attention itself. Any that is not None keeps the call dense.
 FOREIGN_ARGUMENTS = {
-    # Inkling's, one for each token. gpt-oss and others pass one for each head as s_aux, which runs sparse.
-    "sinks": "attention sinks of each token",
+    # One for each token. One for each head comes as s_aux and runs sparse.
+    "sinks": "attention sinks",
     "softcap": "softcap",
     "position_bias": "position bias",
     "cu_seq_lens_q": "packed sequences",
@@ -95,7 +96,7 @@ def prefill_attention(
         key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
     if reason is not None:
         record_dense(module, reason, query.device)
-        if reason == "gradients needed" and not (module.training or torch.compiler.is_compiling()):
+        if reason == "gradients needed" and not torch.compiler.is_compiling():
             logger.warning_once(
                 "Prefill stays dense because gradients are enabled; wrap the call in torch.no_grad() for sparse prefill."
             )
@@ -159,7 +160,8 @@ def dense_reason(
     query_len = query.shape[2]
     if query_len == 1:
         return "decode"
-    if query_len < config.min_seq_len:
+    shape = LayerShape(query.shape[1], key.shape[1], query.shape[3], query.dtype)
+    if query_len < min_seq_len_for(config, shape, query.device):
         return "shorter than min_seq_len"
     if getattr(module, "layer_idx", None) in config.dense_layers:
         return "dense layer"
@@ -168,10 +170,13 @@ def dense_reason(
             return reason
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.shape != query.shape[1:2]:
-        return "attention sinks of each token"
+        return "attention sinks"
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "not causal"
+    if module.training:
+        # Reentrant gradient checkpointing runs without gradients first, and again with them.
+        return "training mode"
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, sinks)):
         return "gradients needed"
     if dropout:

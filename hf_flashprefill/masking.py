@@ -20,6 +20,9 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from .config import FlashPrefillConfig
+from .crossover import min_seq_len_of_model
+
 
 class CausalMask(torch.Tensor):
     """Bool [B, valid length]: which of the keys before ``valid length`` are real tokens, one run per row.
@@ -63,7 +66,7 @@ def _mask_class(sliding_window: int | None) -> type[CausalMask]:
     return type("WindowedCausalMask", (CausalMask,), {"sliding_window": sliding_window})
 
 
-def prefill_mask(base: str, min_seq_len: int, **arguments: Any) -> Any:
+def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
     """The mask of one forward pass; ``arguments`` are transformers' own and differ between its versions."""
     if isinstance(arguments.get("attention_mask"), CausalMask):
         # generate() makes a static cache's mask before the model asks for it. As transformers does with a 4-D mask, take
@@ -71,9 +74,23 @@ def prefill_mask(base: str, min_seq_len: int, **arguments: Any) -> Any:
         return arguments["attention_mask"]
     query_length, _ = _query_span(arguments)
     mask = None
-    if query_length > 1 and query_length >= min_seq_len:
+    if query_length > 1 and query_length >= _min_seq_len(settings, arguments):
         mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _causal_mask(arguments)
     return base_mask(base, **arguments) if mask is None else mask
+
+
+def _min_seq_len(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> int:
+    """Tokens; no more than any layer needs to run sparse. What is decided here too early, the layers decide once more."""
+    model_config, device = arguments.get("config"), _device(arguments)
+    dtype = arguments.get("dtype") or getattr(model_config, "dtype", None) or torch.get_default_dtype()
+    return min_seq_len_of_model(settings, model_config, dtype, device)
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    device = arguments.get("device")
+    if device is None:
+        device = arguments["cache_position"].device if "cache_position" in arguments else "cpu"
+    return torch.device(device)
 
 
 def base_mask(base: str, **arguments: Any) -> Any:
@@ -203,11 +220,8 @@ def _causal_mask(arguments: dict[str, Any]) -> CausalMask | None:
         return None
     marker = _mask_class(window)
     padding = arguments.get("attention_mask")
-    device = arguments.get("device")
-    if device is None:
-        device = arguments["cache_position"].device if "cache_position" in arguments else "cpu"
     if padding is None:
-        return marker.without_padding(arguments["batch_size"], valid_length, device)
+        return marker.without_padding(arguments["batch_size"], valid_length, _device(arguments))
     if padding.dim() != 2 or padding.shape[1] < key_offset + valid_length:
         return None
     padding = padding[:, key_offset : key_offset + valid_length].contiguous()

@@ -183,7 +183,7 @@ def _register(settings: PrefillSettings, name: str | None = None, attention: Cal
         content = json.dumps([settings.config.to_dict(), settings.base], sort_keys=True)
         name = f"{NAME}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     _SETTINGS[name] = settings
-    AttentionMaskInterface.register(name, functools.partial(prefill_mask, settings.base, settings.config.min_seq_len))
+    AttentionMaskInterface.register(name, functools.partial(prefill_mask, settings.base, settings.config))
     AttentionInterface.register(name, functools.partial(attention, settings))
     return name
 

@@ -168,6 +168,7 @@ def test_perplexity_rise_by_hand():
         (["--alpha", "2"], "alpha must be from 0 to 1"),
         (["--alpha", "much"], "--alpha"),
         (["--selector", "best"], "selector must be one of"),
+        (["--min-seq-len", "automatic"], "min_seq_len must be"),
         (["--set", "alpha"], "--set takes FIELD=VALUE"),
         (["--set", "depth=1"], "--set takes FIELD=VALUE"),
         (["--config", "nowhere.json"], "--config nowhere.json: "),

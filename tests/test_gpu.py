@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference, warmup
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.stats import LayerRecord
 from tests.inputs import Case, tiny_model
@@ -163,6 +163,35 @@ def test_a_new_length_compiles_nothing():
         assert run(tokens) == before, f"{tokens} tokens compiled a kernel"
 
 
+@torch.no_grad()
+def test_the_first_prompt_after_warmup_compiles_nothing(monkeypatch, tmp_path):
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setenv("HF_FLASHPREFILL_CACHE", str(tmp_path))
+    compiled, compile_kernel = [], JITFunction._do_compile
+
+    def spy(kernel, *args, **kwargs):
+        compiled.append(kernel.__name__)
+        return compile_kernel(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", spy)
+    # Heads that no other test has.
+    model = tiny_model(head_dim=128, num_attention_heads=12, num_key_value_heads=2).to("cuda", torch.bfloat16)
+    patch_model(model, min_seq_len=300)
+    warmup(model)
+    assert len(set(compiled)) >= 3
+    compiled.clear()
+    mask = torch.ones(2, 700, dtype=torch.long, device="cuda")
+    mask[0, :200] = 0
+    ids = torch.randint(3, 199, (2, 700), device="cuda")
+    for rows, attention_mask in ((ids[:1, :333], None), (ids, None), (ids, mask)):
+        model(rows, attention_mask=attention_mask)
+    cache = model(ids[:, :300]).past_key_values
+    model(ids[:, 300:], past_key_values=cache)
+    assert prefill_stats(model).sparse_calls == 10
+    assert compiled == []
+
+
 def test_graph_capture_replays_the_same_bits():
     query, key, value, _ = Case(1, 8, 2, 2048, 2048, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
     expected = flash_prefill_attention(query, key, value)
@@ -188,6 +217,41 @@ def test_offsets_beyond_32_bits():
     keys = key[0, 0, positions].double()
     weights = (query[0, 0, -1].double() @ keys.T * 128**-0.5).softmax(-1)
     torch.testing.assert_close(output[0, 0, -1].double(), weights @ keys, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("selector", ["share", "flashprefill"])
+def test_one_million_tokens(selector):
+    """Within 1 GiB of scratch, rows whose answer stands in one far block agree with exact attention over all keys."""
+    tokens, heads, key_heads, channels = 1 << 20, 32, 8, 128
+    shape = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(1, tokens, heads, channels, **shape).transpose(1, 2)
+    key, value = (torch.randn(1, key_heads, tokens, channels, **shape) for _ in range(2))
+    # The share selector asks the last query of every eight and averages eight keys. The energy of a block is that of its mean.
+    width = 8 if selector == "share" else 128
+    rows = [(0, tokens - 513, 512 * 200), (31, 700_031, 512 * 3), (13, 131_071, 512 * 7), (20, tokens - 1, 512 * 1000)]
+    for head, row, needle in rows:
+        key[0, head // 4, needle : needle + width] = 2 * query[0, head, row]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept, visible = torch.zeros((), dtype=torch.int64, device="cuda"), 0
+
+    def count(index):
+        nonlocal visible
+        kept.add_(index.counts.sum(dtype=torch.int64))
+        visible += index.visible_total() * heads
+
+    config = FlashPrefillConfig(selector=selector, alpha=0.005 if selector == "share" else 1.0, backend="triton")
+    output = flash_prefill_attention(query, key, value, config=config, on_index=count)
+    scratch = torch.cuda.max_memory_allocated() - before - output.nbytes
+    assert scratch <= 1 << 30, f"{scratch / 2**20:.0f} MiB of scratch"
+    assert int(kept) < 0.1 * visible, "most blocks must have been dropped"
+    for head, row, _ in rows:
+        seen = slice(0, row + 1)
+        weights = (key[0, head // 4, seen].double() @ query[0, head, row].double() * channels**-0.5).softmax(0)
+        exact = weights @ value[0, head // 4, seen].double()
+        # The rounding of weights and result; a million other keys weigh less than 1e-3 together.
+        torch.testing.assert_close(output[0, head, row].double(), exact, atol=5e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

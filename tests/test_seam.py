@@ -131,6 +131,22 @@ def test_flash_attention_sees_its_own_name_when_calls_stay_dense(monkeypatch):
     assert seen == [("test_flash_fake", 0, None), ("test_flash_fake", 0, 2)]
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_training_stays_dense(reentrant):
+    """A reentrant checkpoint runs the layer twice, first without gradients: a sparse first run would give another loss."""
+    model, ids = tiny_model(), prompt()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    inputs = {"attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+    expected = model(ids, **inputs).loss
+    patch_model(model, alpha=1.0, **SETTINGS)
+    loss = model(ids, **inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0, rtol=0)
+    assert prefill_stats(model).dense_calls == {"training mode": 4}
+
+
 @torch.no_grad()
 def test_deep_copies_keep_settings_and_start_their_own_statistics():
     model = patch_model(tiny_model(), alpha=0, **SETTINGS)
