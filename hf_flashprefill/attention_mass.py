@@ -17,22 +17,19 @@ LOGITS_AT_ONCE = 1 << 26
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def spread_fractions(rows: int, phase: float = 0.0) -> torch.Tensor:
-    """``rows`` places in [0, 1), one in each ``rows``-th part, as float32 [rows] on the CPU.
+def spread_positions(geometry: PrefillGeometry, rows: int, device: torch.device) -> torch.Tensor:
+    """Positions of ``rows`` queries spread over each batch row's valid ones, int64 [B, rows], counted as RowSpan does.
 
-    Where in its part each lies follows a golden-ratio sequence from ``phase`` on. Equal steps would always hit the same
+    One lies in each ``rows``-th part; where in it follows a golden-ratio sequence. Equal steps would always hit the same
     place in a block, and there the queries that probe the keys.
     """
-    part = torch.arange(rows, dtype=torch.float64)
-    return ((part + ((part + 1) * GOLDEN_RATIO + phase) % 1) / rows).float()
-
-
-def spread_positions(geometry: PrefillGeometry, rows: int, device: torch.device) -> torch.Tensor:
-    """Positions of ``rows`` queries spread over each batch row's valid ones, int64 [B, rows], counted as RowSpan does."""
     span = geometry.spans(device)
     length = (span.query_end - span.query_begin).clamp(min=0)[:, None]
+    # Made where it is used, because a copy from the host would wait for the device.
+    part = torch.arange(rows, dtype=torch.float32, device=device)
+    fraction = (part + (part + 1) * GOLDEN_RATIO % 1) / rows
     # In integers: a float32 cannot hold every position of a long prompt.
-    steps = (spread_fractions(rows).double() * (1 << 20)).long().to(device)
+    steps = (fraction * (1 << 20)).long().clamp(max=(1 << 20) - 1)
     return span.query_begin[:, None] + (length * steps >> 20)
 
 

@@ -142,6 +142,11 @@ def calibrate(
         # One alpha for all, because whatever alphas there are may be meant for another number of layers.
         with attention_replaced(model, replace(config, layer_alphas=None), measurement.attention) as inner:
             _run(inner, fitting, bar)
+        if "shorter than min_seq_len" in measurement.dense and not measurement.layers:
+            longest = max(prompt.shape[1] for prompt in fitting)
+            raise ValueError(
+                f"prompts must reach min_seq_len={config.min_seq_len!r} of config, the longest has {longest} tokens"
+            )
         if not measurement.layers:
             raise UnsupportedModelError(f"{type(inner).__name__}: no layer would run sparse: {measurement.reasons()}")
         chosen = [sums.choose(layer, target, every_head) for layer, sums in sorted(measurement.layers.items())]

@@ -171,6 +171,7 @@ def test_layers_that_stay_dense_keep_all():
         ({"rows": 0}, ValueError, "rows must be a whole number >= 1"),
         ({"prompts": []}, ValueError, "prompts must hold at least one prompt"),
         ({"prompts": [[3] * 500]}, ValueError, "at least 1024 tokens, the longest has 500"),
+        ({"prompts": [[3] * 1200], "config": None}, ValueError, "reach min_seq_len='auto' of config, the longest has 1200"),
         ({"prompts": "text"}, TypeError, "prompts must be a sequence"),
         ({"prompts": ["text"]}, TypeError, "integer tensors"),
         ({"prompts": [torch.ones(2, 2000).long()]}, TypeError, "integer tensors"),

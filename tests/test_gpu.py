@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference, warmup
+from hf_flashprefill.audit import RowAudit
+from hf_flashprefill.stats import LayerRecord
 from tests.inputs import Case, tiny_model
 from tests.tolerance import assert_no_worse_than_eager
 
@@ -118,6 +120,27 @@ def test_a_plain_prompt_never_waits_for_the_device():
         flash_prefill_attention(query, key, value)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_audit_never_waits_for_the_device_and_its_numbers_arrive():
+    query, key, value, _ = Case(1, 8, 2, 2048, 4096, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
+    record = LayerRecord()
+
+    def audited():
+        audit = RowAudit(query, key, rows=16, scale=128**-0.5)
+        flash_prefill_attention(query, key, value, on_index=audit.add_index)
+        record.add_audit(audit.dropped(), limit=0.0)
+        record.check_audit()
+
+    audited()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.warns(UserWarning, match="above audit_limit=0"):
+            audited()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert record.audit[1] == 2
 
 
 def test_a_new_length_compiles_nothing():
