@@ -69,11 +69,20 @@ def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True)
         parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
     else:
         parser.set_defaults(alpha=defaults.alpha, selector=defaults.selector)
-    parser.add_argument(
-        "--min-seq-len", type=int, default=1, help="shortest prompt that runs sparse (default: %(default)s, all of them)"
-    )
+    add_min_seq_len_argument(parser, 1)
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of FlashPrefillConfig, values as in JSON"
+    )
+
+
+def add_min_seq_len_argument(parser: argparse.ArgumentParser, default: int | str) -> None:
+    """The length that decides between sparse and dense."""
+    parser.add_argument(
+        "--min-seq-len",
+        type=_json_or_text,
+        default=default,
+        metavar="TOKENS",
+        help='shortest prompt that runs sparse, or "auto" (default: %(default)s)',
     )
 
 

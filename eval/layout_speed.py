@@ -25,10 +25,11 @@ import torch
 from tqdm import tqdm
 
 from eval import common
-from eval.operator_speed import PUBLISHED_DENSITY, Tensors, median_ms, random_tensors
+from eval.operator_speed import Tensors, random_tensors
 from eval.schema import Result
 from eval.ttft import config_for_density
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, median_ms
 
 
 def cut(tensors: Tensors, rows: slice, query: slice, keys: slice) -> Tensors:

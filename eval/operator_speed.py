@@ -19,9 +19,7 @@ import argparse
 import importlib.util
 import itertools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -37,11 +35,10 @@ from eval.pictures import draw_operator
 from eval.schema import Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.config import SELECTORS, SORTING_SELECTORS
+from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, median_ms
 from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
-# What the FlashPrefill papers report for Llama-3.1-8B and Qwen3-30B-A3B, by length in tokens.
-PUBLISHED_DENSITY = {4096: 0.70, 8192: 0.46, 16384: 0.29, 32768: 0.176, 65536: 0.10, 131072: 0.06, 262144: 0.041}
 SDPA_BACKENDS = {
     "sdpa": None,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -51,53 +48,6 @@ KERNEL_SELECTORS = [name for name in SELECTORS if name not in SORTING_SELECTORS]
 BASELINES = (*SDPA_BACKENDS, "flex")
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def imposed_index(
-    geometry: PrefillGeometry, heads: int, density: float, device: torch.device, dense_tail_blocks: int = 2
-) -> BlockIndex:
-    """Lists of the given density: 2 sink blocks, 4 window blocks, the last query blocks in full, the rest at random.
-
-    What is kept in any case is the least density there can be: .12 at 16K tokens with two dense tail blocks.
-    """
-    count = geometry.key_blocks
-    tile, block = torch.arange(count, device=device)[:, None], torch.arange(count, device=device)[None, :]
-    causal = block <= tile
-    forced = ((block < 2) | (tile - block < 4) | (tile >= count - dense_tail_blocks)) & causal
-    free = (causal.sum() - forced.sum()).item()
-    chance = max(0.0, density * causal.sum().item() - forced.sum().item()) / max(free, 1)
-    generator = torch.Generator(device).manual_seed(0)
-    # A head at a time: at 256K tokens all heads together would need gigabytes of random numbers.
-    chosen = [torch.rand(count, count, device=device, generator=generator) < chance for _ in range(heads)]
-    mask = torch.stack([(choice & causal) | forced for choice in chosen])
-    return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
-
-
-def median_ms(run: Callable[[], object], device: torch.device, seconds: float, least: int = 5) -> dict[str, float]:
-    """Median and quartiles of ``run`` in milliseconds, after one unmeasured run; of at least ``least`` runs, two or more."""
-    run()
-    times: list[float] = []
-    _synchronize(device)
-    until = time.perf_counter() + seconds
-    while len(times) < least or (time.perf_counter() < until and len(times) < 200):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - started))
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median_ms": median, "quartile_low_ms": low, "quartile_high_ms": high, "runs": len(times)}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def dense_attention(name: str, tensors: Tensors) -> Callable[[], torch.Tensor]:

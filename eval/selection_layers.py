@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eval.operator_speed import median_ms, stage_runs
+from eval.operator_speed import stage_runs
 from eval.oracle import BlockMasses, block_masses, index_from_masses, row_masses
 from eval.probe import AttentionInput
 from eval.selection_points import Point
 from hf_flashprefill import BlockIndex
+from hf_flashprefill.crossover.measure import median_ms
 from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
@@ -71,7 +72,7 @@ class LayerObserver:
         backend, device = resolve_backend(point.config.backend, tensors.query), tensors.query.device
         runs = stage_runs(backend, tensors, index, point.config, scale)
         seconds = {
-            stage: median_ms(run, device, 0.0, least=RUNS)["median_ms"] / 1e3
+            stage: median_ms(run, device, 0.0, fewest=RUNS)["median_ms"] / 1e3
             for stage, run in runs.items()
             if stage != "attend"
         }

@@ -30,9 +30,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from transformers.masking_utils import AttentionMaskInterface
 
 from eval import common
-from eval.operator_speed import PUBLISHED_DENSITY
 from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
+from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
 
 SHAPES = {
     "llama-3.1-8b": lambda: LlamaConfig(
@@ -149,9 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
     parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
     parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
-    parser.add_argument(
-        "--min-seq-len", type=int, default=defaults.min_seq_len, help="shortest prompt that runs sparse (default: %(default)s)"
-    )
+    common.add_min_seq_len_argument(parser, defaults.min_seq_len)
     parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results/ttft.json"), help="JSON file (default: %(default)s)")
     return parser
@@ -182,7 +180,7 @@ def main(argv: list[str]) -> int:
     densities = densities_of(args)
     try:
         base = FlashPrefillConfig(alpha=args.alpha, selector=args.selector, min_seq_len=args.min_seq_len)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise common.UsageError(str(error)) from None
     if args.shape:
         model = random_model(args.shape, args.device, args.dtype)

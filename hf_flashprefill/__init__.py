@@ -14,6 +14,7 @@ from .patch import (
     unpatched,
 )
 from .stats import LayerStats, PrefillStats, prefill_stats, reset_prefill_stats
+from .warming import LayerWarmup, WarmupReport, warmup
 
 __version__ = "0.1.0"
 
@@ -21,9 +22,11 @@ __all__ = [
     "BlockIndex",
     "FlashPrefillConfig",
     "LayerStats",
+    "LayerWarmup",
     "PrefillOutput",
     "PrefillStats",
     "UnsupportedModelError",
+    "WarmupReport",
     "flash_prefill_attention",
     "is_patched",
     "patch_model",
@@ -34,4 +37,5 @@ __all__ = [
     "reset_prefill_stats",
     "unpatch_model",
     "unpatched",
+    "warmup",
 ]

@@ -17,16 +17,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from .config import FlashPrefillConfig
+from .crossover import LayerShape, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .functional import DTYPES, flash_prefill_attention
-from .masking import PlainCausalMask, base_mask_for
+from .masking import CausalMask, base_mask_for
 from .stats import record_compiled_sparse, record_dense, record_sparse
 
 logger = logging.get_logger(__name__)
 
 # Keyword arguments that change the attention itself. Any that is not None keeps the call dense.
 FOREIGN_ARGUMENTS = {
-    "s_aux": "attention sinks",
+    # Inkling's, one for each token. gpt-oss and others pass one for each head as s_aux, which runs sparse.
+    "sinks": "attention sinks of each token",
     "softcap": "softcap",
     "position_bias": "position bias",
     "cu_seq_lens_q": "packed sequences",
@@ -65,12 +67,12 @@ def prefill_attention(
     """Attention of one layer: query [B, Hq, Sq, D], key and value [B, Hkv, Skv, D] -> [B, Sq, Hq, D] and the weights, if
     the dense implementation gave any."""
     reason = dense_reason(settings.config, module, query, key, value, attention_mask, dropout, kwargs)
-    if isinstance(attention_mask, PlainCausalMask):
+    if isinstance(attention_mask, CausalMask):
         # A static cache hands over its whole buffer; the mask knows how much of it is filled.
         key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
     if reason is not None:
         record_dense(module, reason, query.device)
-        if reason == "gradients needed" and not (module.training or torch.compiler.is_compiling()):
+        if reason == "gradients needed" and not torch.compiler.is_compiling():
             logger.warning_once(
                 "Prefill stays dense because gradients are enabled; wrap the call in torch.no_grad() for sparse prefill."
             )
@@ -78,20 +80,30 @@ def prefill_attention(
             settings.base, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     sparse = _compiled_sparse_attention if torch.compiler.is_compiling() else _sparse_attention
-    return sparse(settings, module, query, key, value, attention_mask.valid_ranges(), scaling), None
+    what_is_seen = (attention_mask.valid_ranges(), type(attention_mask).sliding_window, kwargs.get("s_aux"))
+    return sparse(settings, module, query, key, value, scaling, *what_is_seen), None
 
 
 # After a graph break dynamo would compile this alone, though it was called because nothing is being compiled.
 @torch.compiler.disable
-def _sparse_attention(settings, module, query, key, value, valid_ranges, scaling) -> torch.Tensor:
-    on_index = record_sparse(module).add_index
-    options = {"config": settings.config, "scale": scaling, "valid_ranges": valid_ranges, "on_index": on_index}
-    return flash_prefill_attention(query, key, value, **options).transpose(1, 2).contiguous()
+def _sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks) -> torch.Tensor:
+    output = flash_prefill_attention(
+        query,
+        key,
+        value,
+        config=settings.config,
+        scale=scale,
+        valid_ranges=valid_ranges,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        on_index=record_sparse(module).add_index,
+    )
+    return output.transpose(1, 2).contiguous()
 
 
-def _compiled_sparse_attention(settings, module, query, key, value, valid_ranges, scaling) -> torch.Tensor:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output, kept, visible = sparse_prefill(query, key, value, valid_ranges, settings.config_json, scale)
+def _compiled_sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks) -> torch.Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output, kept, visible = sparse_prefill(query, key, value, valid_ranges, settings.config_json, scale, sliding_window, sinks)
     record_compiled_sparse(module, kept, visible)
     return output
 
@@ -110,29 +122,37 @@ def dense_reason(
     query_len = query.shape[2]
     if query_len == 1:
         return "decode"
-    if query_len < config.min_seq_len:
+    shape = LayerShape(query.shape[1], key.shape[1], query.shape[3], query.dtype)
+    if query_len < min_seq_len_for(config, shape, query.device):
         return "shorter than min_seq_len"
     if getattr(module, "layer_idx", None) in config.dense_layers:
         return "dense layer"
     for name, reason in FOREIGN_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason
-    key_len = attention_mask.shape[1] if isinstance(attention_mask, PlainCausalMask) else key.shape[2]
-    if (kwargs.get("sliding_window") or key_len) < key_len:
-        return "sliding window"
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        return "attention sinks of each token"
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "not causal"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+    if module.training:
+        # Reentrant gradient checkpointing runs without gradients first, and again with them.
+        return "training mode"
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, sinks)):
         return "gradients needed"
     if dropout:
         return "dropout"
     if kwargs.get("output_attentions"):
         return "output_attentions"
-    if not isinstance(attention_mask, PlainCausalMask):
+    if not isinstance(attention_mask, CausalMask):
         return COMPILED_MASK if torch.compiler.is_compiling() else "mask is not plain causal"
-    if attention_mask.shape[1] > key.shape[2]:
+    key_len = attention_mask.shape[1]
+    if key_len > key.shape[2]:
         return "mask is longer than the keys"
+    window = kwargs.get("sliding_window") or key_len
+    if (window if window < key_len else None) != type(attention_mask).sliding_window:
+        return "the layer's window is not the mask's"
     if value.shape != key.shape or key.shape[-1] != query.shape[-1]:
         return "value head_dim differs"
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
@@ -150,7 +170,7 @@ def dense_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The implementation the model had before it was patched, with the mask it would have got."""
-    if isinstance(attention_mask, PlainCausalMask):
+    if isinstance(attention_mask, CausalMask):
         attention_mask = base_mask_for(base, attention_mask, query, module.config)
     if base == "eager":
         # "eager" is no registered name: each modelling file brings its own.

@@ -14,6 +14,7 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 BLOCK_SIZES = (64, 128)
 POOL_SIZES = (4, 8, 16, 32)
 QUERY_STRIDES = (1, 2, 4, 8, 16, 32, 64)
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class FlashPrefillConfig:
             chunk's end counts, because a chunk does not tell whether another follows.
         correction: Whether each dropped block takes part in the softmax through its mean key and mean value, weighted by its
             tokens (FlashPrefill V2). Has no Hopper kernel yet: attention runs in the portable one.
-        min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0. On one H200 the operator was
-            0.62 times as fast as cuDNN's dense attention at 4096 tokens and 1.43 times at 8192.
+        min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0; or ``"auto"``: from where sparse
+            prefill was faster when ``warmup`` measured it on this machine, else 8192 tokens on Hopper GPUs and on CPUs and
+            16384 on other GPUs and for small layers. On one H200 the operator was 0.62 times as fast as cuDNN's dense
+            attention at 4096 tokens and 1.43 times at 8192; the other numbers are guesses.
         dense_layers: Layers, counted from 0, that stay dense.
         backend: ``"triton"`` (NVIDIA GPU), ``"torch"`` (any device), ``"reference"`` (the specification, slow), or
             ``"auto"``: triton where it can run, else torch.
@@ -62,7 +65,7 @@ class FlashPrefillConfig:
     window_blocks: int = 4
     dense_tail_blocks: int = 2
     correction: bool = False
-    min_seq_len: int = 8192
+    min_seq_len: int | str = AUTO
     dense_layers: tuple[int, ...] = ()
     backend: str = "auto"
 
@@ -76,8 +79,9 @@ class FlashPrefillConfig:
         _require_choice("backend", self.backend, BACKENDS)
         for name, choices in (("block_size", BLOCK_SIZES), ("pool_size", POOL_SIZES), ("query_stride", QUERY_STRIDES)):
             _require_choice(name, getattr(self, name), choices)
-        for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0), ("min_seq_len", 0)):
+        for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0)):
             _require_integer(name, getattr(self, name), least)
+        _require_auto_or_integer("min_seq_len", self.min_seq_len, 0)
         if not isinstance(self.correction, bool):
             raise TypeError(f"correction must be True or False, got {self.correction!r}")
         if isinstance(self.dense_layers, (str, bytes)) or not hasattr(self.dense_layers, "__iter__"):
@@ -96,6 +100,14 @@ class FlashPrefillConfig:
 def _require_choice(name: str, value: Any, choices: tuple) -> None:
     if isinstance(value, bool) or value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _require_auto_or_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, str):
+        if value != AUTO:
+            raise ValueError(f'{name} must be "{AUTO}" or a whole number >= {least}, got {value!r}')
+    else:
+        _require_integer(name, value, least)
 
 
 def _require_integer(name: str, value: Any, least: int) -> None:

@@ -33,6 +33,8 @@ def sparse_prefill(
     valid_ranges: torch.Tensor | None,
     config: str,
     scale: float,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``flash_prefill_attention`` of a call whose query ends where the keys end.
 
@@ -43,6 +45,8 @@ def sparse_prefill(
         valid_ranges: int32 [B, 2], each row's first valid position and the one after its last; None if nothing is padding.
         config: ``config_to_json(settings)``.
         scale: Multiplies query-key products.
+        sliding_window: Tokens that a query sees, its own included; None if all before it.
+        sinks: [Hq], the logit of each head's softmax column without a value; None if there is none.
 
     Returns:
         Output [B, Sq, Hq, D], contiguous; kept key blocks of each head, int64 [Hq]; visible key blocks of one head, int64 [].
@@ -54,13 +58,22 @@ def sparse_prefill(
         kept.add_(index.counts.sum((0, 2), dtype=torch.int64))
         visible.add_(index.visible_total())
 
-    settings = {"config": _config_from_json(config), "scale": scale, "valid_ranges": valid_ranges}
-    output = flash_prefill_attention(query, key, value, on_index=count, **settings)
+    output = flash_prefill_attention(
+        query,
+        key,
+        value,
+        config=_config_from_json(config),
+        scale=scale,
+        valid_ranges=valid_ranges,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        on_index=count,
+    )
     return output.transpose(1, 2).contiguous(), kept, visible
 
 
 @sparse_prefill.register_fake
-def _(query, key, value, valid_ranges, config, scale):
+def _(query, key, value, valid_ranges, config, scale, sliding_window=None, sinks=None):
     batch, heads, query_len, head_dim = query.shape
     return (
         query.new_empty(batch, query_len, heads, head_dim),

@@ -1,12 +1,13 @@
 """The mask function transformers calls for a patched model.
 
-For a plain causal call it answers with a PlainCausalMask, which holds no more than which tokens are real; for anything
-else with what the model's previous implementation would have got. Without a mask function of our own, transformers would
-pass None everywhere, and padding, chunks and static caches would be silently wrong.
+For a causal call, with or without a sliding window, it answers with a CausalMask, which holds no more than which tokens are
+real; for anything else with what the model's previous implementation would have got. Without a mask function of our own,
+transformers would pass None everywhere, and padding, chunks, windows and static caches would be silently wrong.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -19,17 +20,27 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from .config import FlashPrefillConfig
+from .crossover import min_seq_len_of_model
 
-class PlainCausalMask(torch.Tensor):
+
+class CausalMask(torch.Tensor):
     """Bool [B, valid length]: which of the keys before ``valid length`` are real tokens, one run per row.
 
-    Its presence says that the call is plain causal with the query's end at ``valid length``; keys after that are unused
-    cache. The class survives ``.to(device)``, so a mask that accelerate moves between devices is still known. Without
-    padding it is one expanded True of no size.
+    Its presence says that the call is causal with the query's end at ``valid length``; keys after that are unused cache. The
+    class survives ``.to(device)``, so a mask that accelerate moves between devices is still known. Without padding it is
+    one expanded True of no size.
+
+    Attributes:
+        sliding_window: How many tokens back a query sees, its own included: fewer than ``valid length``; None if all. It is
+            the class that has it, see ``_mask_class``: an attribute of the tensor would be lost with the first copy, and the
+            mask would pass for one without a window.
     """
 
+    sliding_window: int | None = None
+
     @classmethod
-    def without_padding(cls, batch: int, valid_length: int, device: torch.device | str) -> PlainCausalMask:
+    def without_padding(cls, batch: int, valid_length: int, device: torch.device | str) -> CausalMask:
         return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, valid_length).as_subclass(cls)
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -47,42 +58,60 @@ class PlainCausalMask(torch.Tensor):
         return None if self.stride(1) == 0 else _as_tensor(self)
 
 
-def prefill_mask(base: str, min_seq_len: int, **arguments: Any) -> Any:
+@functools.cache
+def _mask_class(sliding_window: int | None) -> type[CausalMask]:
+    """CausalMask, or its subclass for one sliding window."""
+    if sliding_window is None:
+        return CausalMask
+    return type("WindowedCausalMask", (CausalMask,), {"sliding_window": sliding_window})
+
+
+def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
     """The mask of one forward pass; ``arguments`` are transformers' own and differ between its versions."""
-    query_length, query_offset = _query_span(arguments)
-    plain = (
-        query_length > 1
-        and query_length >= min_seq_len
-        and query_length <= _causal_up_to(arguments)
-        and not _is_nonzero(arguments.get("kv_offset", 0))
-    )
+    if isinstance(arguments.get("attention_mask"), CausalMask):
+        # generate() makes a static cache's mask before the model asks for it. As transformers does with a 4-D mask, take
+        # what is there: it may be cut to a window's keys already.
+        return arguments["attention_mask"]
+    query_length, _ = _query_span(arguments)
     mask = None
-    if plain:
-        mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _plain_mask(arguments)
+    if query_length > 1 and query_length >= _min_seq_len(settings, arguments):
+        mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _causal_mask(arguments)
     return base_mask(base, **arguments) if mask is None else mask
+
+
+def _min_seq_len(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> int:
+    """Tokens; no more than any layer needs to run sparse. What is decided here too early, the layers decide once more."""
+    model_config, device = arguments.get("config"), _device(arguments)
+    dtype = arguments.get("dtype") or getattr(model_config, "dtype", None) or torch.get_default_dtype()
+    return min_seq_len_of_model(settings, model_config, dtype, device)
+
+
+def _device(arguments: dict[str, Any]) -> torch.device:
+    device = arguments.get("device")
+    if device is None:
+        device = arguments["cache_position"].device if "cache_position" in arguments else "cpu"
+    return torch.device(device)
 
 
 def base_mask(base: str, **arguments: Any) -> Any:
     """What the implementation ``base`` would have got from transformers."""
     function = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(base)
-    if isinstance(arguments.get("attention_mask"), PlainCausalMask):
-        # Whatever is computed from a mask of ours must not pass for one.
-        arguments["attention_mask"] = _as_tensor(arguments["attention_mask"])
     return None if function is None else function(**arguments)
 
 
-def base_mask_for(base: str, mask: PlainCausalMask, query: torch.Tensor, config: Any) -> Any:
-    """The mask that implementation ``base`` needs for the plain causal call that ``mask`` describes.
+def base_mask_for(base: str, mask: CausalMask, query: torch.Tensor, config: Any) -> Any:
+    """The mask that implementation ``base`` needs for the causal call that ``mask`` describes.
 
     Keys must have been cut to the mask's length first.
     """
     (batch, valid_length), query_length = mask.shape, query.shape[2]
-    offset = valid_length - query_length
+    offset, window = valid_length - query_length, type(mask).sliding_window
     arguments = {
         "batch_size": batch,
         "kv_length": valid_length,
         "kv_offset": 0,
-        "mask_function": causal_mask_function,
+        "mask_function": causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+        "local_size": window,
         "attention_mask": mask.padding(),
         "allow_is_causal_skip": True,
         "dtype": query.dtype,
@@ -106,61 +135,100 @@ def _query_span(arguments: dict[str, Any]) -> tuple[int, Any]:
     return arguments["q_length"], arguments.get("q_offset", 0)
 
 
-def _compiled_mask(arguments: dict[str, Any]) -> PlainCausalMask | None:
-    """The marker for a plain causal call, as far as it is known without reading a tensor, which a graph cannot do."""
+def _compiled_mask(arguments: dict[str, Any]) -> CausalMask | None:
+    """The marker for a causal call, as far as it is known without reading a tensor, which a graph cannot do."""
     query_length, query_offset = _query_span(arguments)
-    padding = arguments.get("attention_mask")
-    if isinstance(padding, PlainCausalMask):
-        # generate() makes a static cache's mask outside of the graph.
-        return padding
-    if padding is not None or isinstance(query_offset, torch.Tensor):
+    if arguments.get("attention_mask") is not None or isinstance(query_offset, torch.Tensor):
         return None
-    return PlainCausalMask.without_padding(arguments["batch_size"], query_offset + query_length, arguments["device"])
+    plain_up_to, window = _compiled_locality(arguments)
+    valid_length = query_offset + query_length
+    if _is_nonzero(arguments.get("kv_offset", 0)) or (valid_length > plain_up_to and window is None):
+        return None
+    marker = CausalMask if valid_length <= plain_up_to else _constant_mask_class(window)
+    return marker.without_padding(arguments["batch_size"], valid_length, arguments["device"])
+
+
+def _compiled_locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
+    """``_locality`` without looking into a closure, which a graph cannot do.
+
+    transformers allows the mask to be skipped only if it put nothing around the window, and the config tells a window from
+    chunks.
+    """
+    function, local_size = arguments.get("mask_function", causal_mask_function), arguments.get("local_size")
+    if function is causal_mask_function and local_size is None:
+        return math.inf, None
+    config = arguments["config"]
+    is_window = (
+        getattr(function, "__code__", None) is _WINDOWED.__code__
+        and arguments.get("allow_is_causal_skip", False)
+        and local_size == getattr(config, "sliding_window", None)
+        and getattr(config, "attention_chunk_size", None) is None
+    )
+    return (local_size, local_size) if is_window else (0, None)
+
+
+# A graph cannot make a class.
+@torch._dynamo.assume_constant_result
+def _constant_mask_class(sliding_window: int) -> type[CausalMask]:
+    return _mask_class(sliding_window)
 
 
 def _is_nonzero(value: Any) -> bool:
     return bool(value != 0)
 
 
-def _causal_up_to(arguments: dict[str, Any]) -> float:
-    """The length up to which the asked for mask is plain causal: a window or chunk size, infinity, or 0 for any other mask."""
+def _locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
+    """The length up to which the asked for mask is plain causal: a window or chunk size, infinity, or 0 for any other mask;
+    and the sliding window that cuts it from there on, None if something else does."""
     function, local_size = arguments.get("mask_function", causal_mask_function), arguments.get("local_size")
     if function is causal_mask_function:
-        return math.inf if local_size is None else local_size
+        return (math.inf if local_size is None else local_size), None
     # A window or chunks over causal, and nothing more; packed sequences and image blocks wrap this in functions of their own.
-    # While compiling, functions cannot be looked into.
-    if local_size is None or torch.compiler.is_compiling() or getattr(function, "__code__", None) is not _WINDOWED.__code__:
-        return 0
+    if local_size is None or getattr(function, "__code__", None) is not _WINDOWED.__code__:
+        return 0, None
     parts = function.__closure__[0].cell_contents
-    overlay_is_local = len(parts) == 2 and getattr(parts[0], "__code__", None) in _OVERLAYS
-    return local_size if overlay_is_local and parts[1] is causal_mask_function else 0
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return 0, None
+    code = getattr(parts[0], "__code__", None)
+    if code is _CHUNKED.__code__:
+        return local_size, None
+    is_window = code is _SLIDING.__code__ and parts[0].__closure__[0].cell_contents == local_size
+    return (local_size, local_size) if is_window else (0, None)
 
 
 _WINDOWED = sliding_window_causal_mask_function(1)
-_OVERLAYS = (sliding_window_overlay(1).__code__, chunked_overlay(1, torch.zeros(1, dtype=torch.int64)).__code__)
+_SLIDING, _CHUNKED = sliding_window_overlay(1), chunked_overlay(1, torch.zeros(1, dtype=torch.int64))
 
 
 # After a graph break dynamo would compile this alone, though it was called because nothing is being compiled.
 @torch.compiler.disable
-def _plain_mask(arguments: dict[str, Any]) -> PlainCausalMask | None:
-    """The marker for a plain causal call; None if a window cuts it or the padding is not one run of tokens per row."""
+def _causal_mask(arguments: dict[str, Any]) -> CausalMask | None:
+    """The marker for a causal call; None if the mask asked for is another or the padding is not one run of tokens per row."""
     query_length, query_offset = _query_span(arguments)
-    valid_length = int(query_offset) + query_length
-    if valid_length > _causal_up_to(arguments):
+    plain_up_to, window = _locality(arguments)
+    if query_length > plain_up_to and window is None:
         return None
+    # The keys of a sliding-window layer's cache start where its oldest token stands; what came before is gone. From here
+    # on, positions are counted from there, which neither causality nor a window notices.
+    key_offset = int(arguments.get("kv_offset", 0))
+    valid_length = int(query_offset) + query_length - key_offset
+    if valid_length <= plain_up_to:
+        window = None
+    elif window is None:
+        return None
+    if key_offset and (window is None or valid_length != arguments["kv_length"]):
+        return None
+    marker = _mask_class(window)
     padding = arguments.get("attention_mask")
-    device = arguments.get("device")
-    if device is None:
-        device = arguments["cache_position"].device if "cache_position" in arguments else "cpu"
     if padding is None:
-        return PlainCausalMask.without_padding(arguments["batch_size"], valid_length, device)
-    if padding.dim() != 2 or padding.shape[1] < valid_length:
+        return marker.without_padding(arguments["batch_size"], valid_length, _device(arguments))
+    if padding.dim() != 2 or padding.shape[1] < key_offset + valid_length:
         return None
-    padding = _as_tensor(padding[:, :valid_length])
+    padding = padding[:, key_offset : key_offset + valid_length].contiguous()
     whole, one_run = torch.stack([padding.all(), _runs(padding)[1]]).tolist()
     if whole:
-        return PlainCausalMask.without_padding(len(padding), valid_length, padding.device)
-    return padding.as_subclass(PlainCausalMask) if one_run else None
+        return marker.without_padding(len(padding), valid_length, padding.device)
+    return padding.as_subclass(marker) if one_run else None
 
 
 def _as_tensor(mask: torch.Tensor) -> torch.Tensor:

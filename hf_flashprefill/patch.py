@@ -152,7 +152,7 @@ def _register(settings: PrefillSettings, name: str | None = None) -> str:
         content = json.dumps([settings.config.to_dict(), settings.base], sort_keys=True)
         name = f"{NAME}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     _SETTINGS[name] = settings
-    AttentionMaskInterface.register(name, functools.partial(prefill_mask, settings.base, settings.config.min_seq_len))
+    AttentionMaskInterface.register(name, functools.partial(prefill_mask, settings.base, settings.config))
     AttentionInterface.register(name, functools.partial(prefill_attention, settings))
     return name
 
@@ -211,6 +211,9 @@ class _SeamPart:
         for module in modules:
             if re.search(r"\b(block_)?indices=", _source(type(module))):
                 raise UnsupportedModelError(f"{name}: {type(module).__name__} brings its own sparse index")
+            # A mask of ours is none to calculate with. Choosing the encoder's, which GPT-2 can, is harmless.
+            if re.search(r"\battention_mask(\s=\s(?!encoder_)|\s[&*+-]\s|[.\[])", _source(type(module))):
+                raise UnsupportedModelError(f"{name}: {type(module).__name__} changes the attention mask it is given")
         if getattr(self.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name}: encoder-decoder models have no causal prefill")
 

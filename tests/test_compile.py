@@ -35,10 +35,12 @@ def tensors(query_len: int = 300, kv_len: int = 400) -> tuple[torch.Tensor, torc
     return query, key, value
 
 
-def test_the_op_is_the_operator():
+@pytest.mark.parametrize(("window", "sinks"), [(None, None), (100, None), (None, torch.arange(4.0)), (100, torch.arange(4.0))])
+def test_the_op_is_the_operator(window, sinks):
     query, key, value = tensors()
-    expected, index = flash_prefill_attention(query, key, value, config=SPARSE, scale=0.2, return_index=True)
-    output, kept, visible = sparse_prefill(query, key, value, None, config_to_json(SPARSE), 0.2)
+    options = {"scale": 0.2, "sliding_window": window, "sinks": sinks}
+    expected, index = flash_prefill_attention(query, key, value, config=SPARSE, return_index=True, **options)
+    output, kept, visible = sparse_prefill(query, key, value, None, config_to_json(SPARSE), **options)
     assert torch.equal(output, expected.transpose(1, 2))
     assert output.is_contiguous()
     assert kept.tolist() == index.counts.sum((0, 2)).tolist()
@@ -48,6 +50,7 @@ def test_the_op_is_the_operator():
 
 def test_the_op_keeps_the_rules_of_custom_ops():
     torch.library.opcheck(sparse_prefill, (*tensors(), None, config_to_json(SPARSE), 0.125))
+    torch.library.opcheck(sparse_prefill, (*tensors(), None, config_to_json(SPARSE), 0.125, 100, torch.arange(4.0)))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
@@ -62,10 +65,10 @@ def test_inductor_takes_the_op():
 
 
 @needs_lengths_in_masks
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "base"), [("llama", "sdpa"), ("qwen3_moe", "sdpa"), ("gpt_oss", "eager")])
 @torch.no_grad()
-def test_compiled_prefill_is_sparse_at_every_length_with_one_dynamic_graph(family):
-    model = patch_model(tiny_model(family), config=SPARSE, min_seq_len=32)
+def test_compiled_prefill_is_sparse_at_every_length_with_one_dynamic_graph(family, base):
+    model = patch_model(tiny_model(family, base), config=SPARSE, min_seq_len=32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     lengths = (160, 200, 250, 330, 411)
     for length in lengths:
@@ -80,6 +83,46 @@ def test_compiled_prefill_is_sparse_at_every_length_with_one_dynamic_graph(famil
     assert (stats.sparse_calls, stats.dense_calls) == (4 * len(lengths), {})
     assert 0 < stats.density < 1
     assert all(len(layer.head_density) == 4 for layer in stats.layers)
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_compiled_windows_are_exact_on_both_sides_of_their_length():
+    model = tiny_model("mistral", sliding_window=200)
+    lengths = (160, 250, 201, 200)
+    expected = [model(prompt(length=length)).logits for length in lengths]
+    patch_model(model, alpha=0, **SETTINGS)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for length, theirs in zip(lengths, expected, strict=True):
+        assert_same_output(compiled(prompt(length=length)).logits, theirs)
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (2 * len(lengths), {})
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_compiled_chunked_attention_is_not_taken_for_a_window():
+    """Its mask functions look the same to a graph."""
+    model = tiny_model("llama4")
+    expected = model(prompt()).logits
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(torch.compile(model, backend="eager", fullgraph=True)(prompt()).logits, expected)
+    assert prefill_stats(model).dense_calls == {"mask unknown while compiling": 1}
+
+
+@torch.no_grad()
+def test_graphs_take_masks_of_windows_made_outside():
+    """As generate makes them for a static cache."""
+    model = patch_model(tiny_model("mistral"), config=SPARSE, min_seq_len=32)
+    ids, mask, seen = prompt(2), padding("left"), []
+    layer = model.model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    handle.remove()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_same_output(compiled(ids, attention_mask=seen[0]).logits[mask.bool()], expected)
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (4, {})
 
 
 @needs_lengths_in_masks

@@ -27,6 +27,11 @@ def test_defaults_round_trip():
         ("window_blocks", 0, ValueError),
         ("dense_tail_blocks", -2, ValueError),
         ("min_seq_len", 1.5, TypeError),
+        ("min_seq_len", True, TypeError),
+        ("min_seq_len", None, TypeError),
+        ("min_seq_len", -1, ValueError),
+        ("min_seq_len", "automatic", ValueError),
+        ("min_seq_len", "8192", ValueError),
         ("dense_layers", "01", TypeError),
         ("dense_layers", 3, TypeError),
         ("dense_layers", (-1,), ValueError),
@@ -35,6 +40,14 @@ def test_defaults_round_trip():
 def test_bad_values_name_the_field(field, value, error):
     with pytest.raises(error, match=field):
         FlashPrefillConfig(**{field: value})
+
+
+def test_a_bad_min_seq_len_names_its_range():
+    with pytest.raises(ValueError, match="min_seq_len must be \"auto\" or a whole number >= 0, got 'automatic'"):
+        FlashPrefillConfig(min_seq_len="automatic")
+    with pytest.raises(ValueError, match="min_seq_len must be >= 0, got -1"):
+        FlashPrefillConfig(min_seq_len=-1)
+    assert FlashPrefillConfig(min_seq_len="auto") == FlashPrefillConfig()
 
 
 def test_is_frozen():

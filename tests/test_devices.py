@@ -57,23 +57,31 @@ def test_accelerate_hooks(name, how, tmp_path):
     check()
 
 
+@pytest.mark.parametrize("window", [None, 64])
 @torch.no_grad()
-def test_a_mask_that_moves_between_devices_is_still_known():
+def test_a_mask_that_moves_between_devices_is_still_known(window):
     """accelerate sends every tensor argument to the layer's device; "meta" stands for a second one."""
     from accelerate.utils import send_to_device
-    from transformers.masking_utils import causal_mask_function
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-    from hf_flashprefill.masking import PlainCausalMask, prefill_mask
+    from hf_flashprefill import FlashPrefillConfig
+    from hf_flashprefill.masking import CausalMask, prefill_mask
 
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     for attention_mask in (None, padding("left").bool()):
         length = prompt().shape[1]
-        call = {"batch_size": 2, "kv_length": length, "kv_offset": 0, "mask_function": causal_mask_function}
+        call = {"batch_size": 2, "kv_length": length, "kv_offset": 0, "mask_function": function, "local_size": window}
         positions = {"q_length": length, "q_offset": 0, "device": torch.device("cpu")}
-        mask = prefill_mask("sdpa", 32, attention_mask=attention_mask, **call, **positions)
+        mask = prefill_mask("sdpa", FlashPrefillConfig(min_seq_len=32), attention_mask=attention_mask, **call, **positions)
         moved = send_to_device(mask, torch.device("meta"))
-        assert isinstance(moved, PlainCausalMask)
+        assert isinstance(moved, CausalMask)
+        # Whatever is made of a mask with a window must not pass for one without.
+        copies = (mask, moved, mask.clone(), mask[:1], mask.contiguous(), torch.cat([mask, mask]))
+        assert {type(copy).sliding_window for copy in copies} == {window}
         assert moved.shape == (2, length)
         assert (moved.padding() is None) == (attention_mask is None)
+        # The model asks again for what generate() made before, with the same arguments.
+        assert prefill_mask("sdpa", FlashPrefillConfig(), attention_mask=mask, **call, **positions) is mask
 
 
 def test_tensor_parallel_over_two_processes(tmp_path):

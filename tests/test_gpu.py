@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference, warmup
 from tests.inputs import Case, tiny_model
 from tests.tolerance import assert_no_worse_than_eager
 
@@ -138,6 +138,35 @@ def test_a_new_length_compiles_nothing():
     before = run(4096)
     for tokens in (1, 16, 513, 4097, 8192, 300_000):
         assert run(tokens) == before, f"{tokens} tokens compiled a kernel"
+
+
+@torch.no_grad()
+def test_the_first_prompt_after_warmup_compiles_nothing(monkeypatch, tmp_path):
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setenv("HF_FLASHPREFILL_CACHE", str(tmp_path))
+    compiled, compile_kernel = [], JITFunction._do_compile
+
+    def spy(kernel, *args, **kwargs):
+        compiled.append(kernel.__name__)
+        return compile_kernel(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", spy)
+    # Heads that no other test has.
+    model = tiny_model(head_dim=128, num_attention_heads=12, num_key_value_heads=2).to("cuda", torch.bfloat16)
+    patch_model(model, min_seq_len=300)
+    warmup(model)
+    assert len(set(compiled)) >= 3
+    compiled.clear()
+    mask = torch.ones(2, 700, dtype=torch.long, device="cuda")
+    mask[0, :200] = 0
+    ids = torch.randint(3, 199, (2, 700), device="cuda")
+    for rows, attention_mask in ((ids[:1, :333], None), (ids, None), (ids, mask)):
+        model(rows, attention_mask=attention_mask)
+    cache = model(ids[:, :300]).past_key_values
+    model(ids[:, 300:], past_key_values=cache)
+    assert prefill_stats(model).sparse_calls == 10
+    assert compiled == []
 
 
 def test_graph_capture_replays_the_same_bits():

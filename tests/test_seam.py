@@ -68,19 +68,6 @@ def test_short_prompts_stay_dense_to_the_bit(base):
     assert "shorter than min_seq_len" in str(prefill_stats(model))
 
 
-@pytest.mark.parametrize(("window", "sparse"), [(LENGTH, True), (LENGTH - 1, False)])
-@pytest.mark.parametrize("base", ["sdpa", "eager"])
-@torch.no_grad()
-def test_windows_no_shorter_than_the_prompt_are_plain_causal(window, sparse, base):
-    model = tiny_model("mistral", base, sliding_window=window)
-    ids, mask = prompt(2), padding("left")
-    expected = model(ids, attention_mask=mask).logits[mask.bool()]
-    patch_model(model, alpha=0, **SETTINGS)
-    assert_same_output(model(ids, attention_mask=mask).logits[mask.bool()], expected)
-    stats = prefill_stats(model)
-    assert (stats.sparse_calls, stats.dense_calls) == ((2, {}) if sparse else (0, {"sliding window": 2}))
-
-
 @pytest.mark.parametrize(("chunk", "sparse_calls"), [(LENGTH, 2), (LENGTH - 1, 1)])
 @torch.no_grad()
 def test_attention_chunks_no_shorter_than_the_prompt_are_plain_causal(chunk, sparse_calls):
@@ -142,6 +129,22 @@ def test_flash_attention_sees_its_own_name_when_calls_stay_dense(monkeypatch):
     model(prompt())
     SITUATIONS["left_padded"].run(model)
     assert seen == [("test_flash_fake", 0, None), ("test_flash_fake", 0, 2)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_training_stays_dense(reentrant):
+    """A reentrant checkpoint runs the layer twice, first without gradients: a sparse first run would give another loss."""
+    model, ids = tiny_model(), prompt()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    inputs = {"attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+    expected = model(ids, **inputs).loss
+    patch_model(model, alpha=1.0, **SETTINGS)
+    loss = model(ids, **inputs).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0, rtol=0)
+    assert prefill_stats(model).dense_calls == {"training mode": 4}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..patch import UnsupportedModelError, _SeamPart, patched
 from ..stats import PrefillStats, prefill_stats
@@ -99,7 +99,7 @@ def check(model: PreTrainedModel, situation: Situation) -> Cell:
             return Cell(not_run="unpatched, flex_attention gives other numbers than sdpa; patched it gives those of sdpa")
     # Hooks are no part of a compiled graph.
     if wrong is None and not situation.compiled:
-        wrong = _uncounted(stats, calls)
+        wrong = _uncounted(stats, calls, _SeamPart.of(model).config)
     return Cell(
         sparse_layers=sum(layer.sparse_calls > 0 for layer in stats.layers),
         layers=len(stats.layers),
@@ -149,13 +149,19 @@ def _counted_calls(model: PreTrainedModel) -> Iterator[Counter]:
             handle.remove()
 
 
-def _uncounted(stats: PrefillStats, calls: Counter) -> str | None:
+def _uncounted(stats: PrefillStats, calls: Counter, config: PretrainedConfig) -> str | None:
     counted = {layer.layer: layer.sparse_calls + sum(layer.dense_calls.values()) for layer in stats.layers}
     if counted != dict(calls):
         return f"calls per layer {dict(calls)}, counted {counted}"
-    if any(layer.density not in (None, 1) for layer in stats.layers):
+    full = [layer for layer in stats.layers if not _has_window(config, layer.layer)]
+    if any(layer.density not in (None, 1) for layer in full):
         return f"density {stats.density} at alpha=0"
     return None
+
+
+def _has_window(config: PretrainedConfig, layer: int) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) is not None and (kinds is None or kinds[layer] == "sliding_attention")
 
 
 def _difference(actual: Outcome, expected: Outcome) -> str | None:

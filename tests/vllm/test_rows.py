@@ -155,9 +155,8 @@ def test_the_documented_settings_are_good():
 
 
 def test_a_length_left_to_us():
-    prefill = FlashPrefillConfig()
-    object.__setattr__(prefill, "min_seq_len", "auto")
-    assert RowSettings(prefill).min_seq_len == AUTO_MIN_SEQ_LEN
+    assert RowSettings(FlashPrefillConfig(min_seq_len="auto")).min_seq_len == AUTO_MIN_SEQ_LEN
+    assert settings_from({KEY: {"min_seq_len": "auto"}}).min_seq_len == AUTO_MIN_SEQ_LEN
 
 
 @pytest.mark.parametrize(

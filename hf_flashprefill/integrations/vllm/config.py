@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ...config import FlashPrefillConfig
+from ...config import AUTO, FlashPrefillConfig
 
 KEY = "flashprefill"
 
-# Tokens of prompt from which on rows prefill sparsely where the configuration leaves the length to us.
-AUTO_MIN_SEQ_LEN = 4096
+# Tokens of prompt from which on rows prefill sparsely where the configuration leaves the length to us. A guess: what is
+# measured for transformers is against another dense attention and without the copy out of the paged cache.
+AUTO_MIN_SEQ_LEN = 8192
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class RowSettings:
     @property
     def min_seq_len(self) -> int:
         """Tokens of the row's sequence below which it stays dense."""
-        length = self.prefill.min_seq_len
-        return length if isinstance(length, int) else AUTO_MIN_SEQ_LEN
+        return AUTO_MIN_SEQ_LEN if self.prefill.min_seq_len == AUTO else self.prefill.min_seq_len
 
 
 def settings_from(additional_config: Any, speculative_tokens: int = 0) -> RowSettings:

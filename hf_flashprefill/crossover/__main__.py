@@ -1,0 +1,70 @@
+"""Measure from how many tokens on sparse prefill is faster on this machine, and keep it for ``min_seq_len="auto"``.
+
+    python -m hf_flashprefill.crossover --heads 32 --kv-heads 8 --head-dim 128
+
+Prints the times at each length, milliseconds of one layer, as they are measured. The densities are assumed, see
+``hf_flashprefill/crossover/measure.py``. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+
+import torch
+
+from ..config import SELECTORS, FlashPrefillConfig
+from ..functional import DTYPES
+from .known import LayerShape, cache_file
+from .measure import assumed_density, measure_crossover, time_attention
+
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m hf_flashprefill.crossover", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--heads", type=int, required=True, help="query heads")
+    parser.add_argument("--kv-heads", type=int, required=True, help="key-value heads")
+    parser.add_argument("--head-dim", type=int, required=True, help="channels per head")
+    parser.add_argument("--selector", choices=SELECTORS, default=FlashPrefillConfig().selector)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--max-seq-len", type=int, help="tokens (default: 65536 on a GPU, 16384 on a CPU)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if min(args.heads, args.kv_heads, args.head_dim) < 1 or args.heads % args.kv_heads:
+        parser.error(f"--kv-heads must be at least 1 and divide --heads {args.heads}, got {args.kv_heads}; --head-dim >= 1")
+    dtype = DTYPE_NAMES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    shape, config = LayerShape(args.heads, args.kv_heads, args.head_dim, dtype), FlashPrefillConfig(selector=args.selector)
+    timed = functools.partial(time_attention, shape, device, config)
+
+    def timed_and_told(length: int) -> tuple[float, float]:
+        dense, sparse = timed(length)
+        print(f"{length:7d} {assumed_density(length):8.3f} {dense:9.3f} {sparse:9.3f} {dense / sparse:9.2f}", flush=True)
+        return dense, sparse
+
+    print(" tokens  density  dense ms sparse ms  speed-up")
+    try:
+        measured = measure_crossover(shape, device, config, max_seq_len=args.max_seq_len, time_length=timed_and_told)
+    except ValueError as error:
+        parser.error(str(error))
+    found = "no length timed" if measured.tokens is None else f"{measured.tokens} tokens"
+    print(f"sparse prefill pays from: {found}\nkept in {cache_file()}")
+    print(json.dumps({"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim} | vars(measured)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,425 @@
+"""min_seq_len="auto": what is known, how it is kept, how it is measured, and what a patched model does with it."""
+
+import copy
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import hf_flashprefill
+import hf_flashprefill.attention as seam
+from hf_flashprefill import FlashPrefillConfig, patch_model, prefill_stats
+from hf_flashprefill.backends import torch as torch_backend
+from hf_flashprefill.crossover import (
+    NEVER,
+    Crossover,
+    LayerShape,
+    known,
+    measure,
+    measure_crossover,
+    min_seq_len_for,
+    min_seq_len_of_model,
+)
+from hf_flashprefill.crossover import __main__ as command
+from hf_flashprefill.masking import _TAKES_CACHE_POSITION, CausalMask
+from hf_flashprefill.support.situations import padding, prompt
+from tests.inputs import tiny_model
+from tests.tolerance import assert_same_output
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+SHAPE = LayerShape(4, 2, 32, torch.float32)  # of tiny_model()
+AUTO = FlashPrefillConfig(alpha=0, block_size=64)
+RULE = known.rule_of(AUTO)
+LLAMA = LayerShape(32, 8, 128, torch.bfloat16)
+
+
+def measured(tokens: int | None, longest: int = 65536, exhausted: bool = True) -> Crossover:
+    return Crossover(tokens, longest, exhausted)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache; the path of its file."""
+    monkeypatch.setenv("HF_FLASHPREFILL_CACHE", str(tmp_path / "cache"))
+    known.reload()
+    known._warn_once.cache_clear()
+    yield tmp_path / "cache" / "crossover.json"
+    known.reload()
+
+
+def answer(config=AUTO, shape=SHAPE, device=CPU) -> int:
+    return min_seq_len_for(config, shape, device)
+
+
+def test_settings_go_before_measurements_and_those_before_the_table():
+    assert answer() == known.UNMEASURED_CPU == 8192
+    known.remember(RULE, SHAPE, CPU, measured(3000))
+    assert answer() == 3000
+    assert answer(FlashPrefillConfig(min_seq_len=77)) == 77
+    # A rule that was not measured is not the one that was.
+    assert answer(FlashPrefillConfig(selector="flashprefill")) == 8192
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (measured(5000), 5000),
+        (measured(None), NEVER),
+        (measured(None, longest=4096, exhausted=False), 8192),
+        (measured(None, longest=12288, exhausted=False), 12289),
+    ],
+)
+def test_where_sparse_never_won_it_stays_dense_as_far_as_was_looked(found, expected):
+    known.remember(RULE, SHAPE, CPU, found)
+    assert answer() == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape", "expected"),
+    [
+        ((9, 0), LLAMA, 8192),
+        ((9, 0), LLAMA._replace(heads=64, head_dim=64), 8192),
+        ((9, 0), LLAMA._replace(heads=14, head_dim=64), 16384),
+        ((9, 0), LLAMA._replace(dtype=torch.float32), 16384),
+        ((8, 0), LLAMA, 16384),
+        ((12, 0), LLAMA, 16384),
+    ],
+)
+def test_the_table_is_careful_about_what_nobody_measured(capability, shape, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert answer(shape=shape, device=GPU) == expected
+    known.remember(RULE, shape, GPU, measured(5120))
+    assert answer(shape=shape, device=GPU) == 5120
+
+
+def test_measurements_outlive_the_process(cache):
+    known.remember(RULE, SHAPE, CPU, Crossover(3072, 6144, True, [[1024, 1.5, 2.5]]))
+    known.remember(RULE, LLAMA, CPU, measured(None))
+    (first, second), content = known._measurements().values(), json.loads(cache.read_text())
+    assert len(content) == 2
+    known.reload()
+    assert known.known_crossover(RULE, SHAPE, CPU) == first
+    assert known.known_crossover(RULE, LLAMA, CPU) == second
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_what_another_process_added_is_kept(cache):
+    known.remember(RULE, SHAPE, CPU, measured(3072))
+    others = json.loads(cache.read_text()) | {"another machine": {"tokens": 1, "longest": 2, "exhausted": True, "timings": []}}
+    cache.write_text(json.dumps(others))
+    known.remember(RULE, LLAMA, CPU, measured(4096))
+    assert len(json.loads(cache.read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 3}', b'{"a": {"tokens": 3}}']
+    + [b'{"a": {"tokens": %s, "longest": 9, "exhausted": true}}' % tokens for tokens in (b'"4"', b"0", b"true", b"1.5")],
+)
+def test_a_corrupt_file_is_ignored_with_one_warning_and_replaced(content, cache):
+    cache.parent.mkdir()
+    cache.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{cache.name} is not a file of measurements"):
+        assert answer() == 8192
+    known.reload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert answer() == 8192
+        known.remember(RULE, SHAPE, CPU, measured(3000))
+    known.reload()
+    assert answer() == 3000
+
+
+def test_where_nothing_can_be_written_the_process_still_knows(cache):
+    cache.parent.write_text("a file where the folder should be")
+    assert answer() == 8192
+    with pytest.warns(UserWarning, match="cannot be kept in .*crossover.json"):
+        known.remember(RULE, SHAPE, CPU, measured(3000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        known.remember(RULE, SHAPE, CPU, measured(3001))
+    assert answer() == 3001
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("victim", ["replace", "write"])
+def test_the_file_is_replaced_at_once_or_not_at_all(error, victim, cache, monkeypatch):
+    known.remember(RULE, SHAPE, CPU, measured(3000))
+    before = cache.read_bytes()
+
+    def fails(*args):
+        raise error
+
+    if victim == "replace":
+        monkeypatch.setattr(os, "replace", fails)
+    else:
+        monkeypatch.setattr(known, "asdict", fails)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                known.remember(RULE, LLAMA, CPU, measured(4000))
+        else:
+            known.remember(RULE, LLAMA, CPU, measured(4000))
+    assert cache.read_bytes() == before
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_FLASHPREFILL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert known.cache_file() == tmp_path / "hf_flashprefill" / "crossover.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert known.cache_file() == tmp_path / ".cache" / "hf_flashprefill" / "crossover.json"
+
+
+def test_keys_tell_apart_whatever_changes_the_time(monkeypatch):
+    rules = [{"selector": "peak"}, {"pool_size": 16}, {"query_stride": 4}, {"block_size": 128}, {"correction": True}]
+    rules += [{"backend": "torch"}, {}]
+    shapes = [SHAPE._replace(**change) for change in ({"heads": 8}, {"kv_heads": 4}, {"head_dim": 64})]
+    keys = [known.measurement_key(known.rule_of(FlashPrefillConfig(**{"block_size": 64} | rule)), SHAPE, CPU) for rule in rules]
+    keys += [known.measurement_key(RULE, shape, CPU) for shape in (*shapes, SHAPE._replace(dtype=torch.float16))]
+    for module, name in ((torch, "__version__"), (hf_flashprefill, "__version__")):
+        with monkeypatch.context() as changed:
+            changed.setattr(module, name, "99")
+            known._machine.cache_clear()
+            keys.append(known.measurement_key(RULE, SHAPE, CPU))
+    known._machine.cache_clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    keys.append(known.measurement_key(RULE, SHAPE, CPU))
+    known._machine.cache_clear()
+    assert len(set(keys)) == len(keys) == 14
+    # What does not change the time does not make it measure again.
+    assert known.rule_of(FlashPrefillConfig(alpha=0.3, dense_layers=[1], min_seq_len=5, block_size=64)) == RULE
+
+
+LENGTHS = tuple(range(10, 100, 10))
+
+
+@pytest.mark.parametrize(
+    ("winning", "expected", "asked"),
+    [
+        ({40, 50, 60, 70, 80, 90}, 40, 6),
+        (set(LENGTHS), 10, 3),
+        (set(), None, 9),
+        ({90}, 90, 9),
+        ({80, 90}, 80, 9),
+        # A win that does not last, twice.
+        ({20, 40, 50, 70, 80, 90}, 70, 9),
+        # Wins for good that end at the longest lengths are no wins.
+        ({70, 80}, None, 9),
+    ],
+)
+def test_the_first_length_from_which_on_sparse_wins(winning, expected, asked):
+    questions = []
+
+    def wins(length):
+        questions.append(length)
+        return length in winning
+
+    assert measure.first_lasting_win(LENGTHS, wins) == expected
+    assert questions == list(LENGTHS[:asked])
+
+
+@pytest.mark.parametrize(
+    ("sparse", "expected"),
+    [
+        # Overhead of 3 ms, then a quarter of the dense time, which is 1 ms at 1024 tokens: wins from 2.05 K tokens on.
+        (lambda length: 3 + (length / 1024) ** 2 / 4, 3072),
+        # Never by as much as the margin.
+        (lambda length: 0.96 * (length / 1024) ** 2, None),
+        # Not monotone: wins that do not last at 1024, and at 2048 and 3072 tokens.
+        (lambda length: 1e9 if length in (1536, 4096) else 0.1, 6144),
+    ],
+)
+def test_measuring_by_another_clock(sparse, expected, cache):
+    found = measure_crossover(SHAPE, "cpu", AUTO, time_length=lambda length: ((length / 1024) ** 2, sparse(length)))
+    assert found.tokens == expected
+    assert found.exhausted
+    assert answer() == (NEVER if expected is None else expected)
+    assert len(json.loads(cache.read_text())) == 1
+    assert [row[0] for row in found.timings] == list(measure.CPU_LENGTHS[: len(found.timings)])
+    assert found.longest == found.timings[-1][0]
+
+
+def test_an_interrupted_measurement_leaves_nothing(cache):
+    def interrupted(length):
+        if length == 2048:
+            raise KeyboardInterrupt
+        return 1.0, 2.0
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_crossover(SHAPE, "cpu", AUTO, time_length=interrupted)
+    assert not cache.exists()
+    assert answer() == 8192
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="max_seq_len must be at least 1024 tokens, got 1023"):
+        measure_crossover(SHAPE, "cpu", AUTO, max_seq_len=1023)
+    with pytest.raises(ValueError, match="backend must be"):
+        measure_crossover(SHAPE, "cpu", FlashPrefillConfig(backend="reference"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"selector": "flashprefill", "correction": True}])
+def test_the_clock_times_the_operator_at_the_assumed_density(settings, monkeypatch):
+    seen, state = [], torch.random.get_rng_state()
+    original = torch_backend.attend_blocks
+
+    def attend(query, key, value, index, **options):
+        seen.append((tuple(query.shape), tuple(key.shape), index.density(), "means" in options))
+        original(query, key, value, index, **options)
+
+    monkeypatch.setattr(torch_backend, "attend_blocks", attend)
+    dense, sparse = measure.time_attention(SHAPE, CPU, FlashPrefillConfig(**settings), 4096)
+    assert dense > 0
+    assert sparse > 0
+    assert len(seen) > measure.FEWEST_RUNS
+    (query, key, density, has_means) = seen[0]
+    assert (query, key, has_means) == ((1, 4, 4096, 32), (1, 2, 4096, 32), "correction" in settings)
+    assert density == pytest.approx(0.70, abs=0.02)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_densities_between_the_published_ones():
+    for length, density in measure.PUBLISHED_DENSITY.items():
+        assert measure.assumed_density(length) == pytest.approx(density)
+    # Half way between 4K and 8K on a scale of ratios.
+    assert measure.assumed_density(round(4096 * 2**0.5)) == pytest.approx((0.70 + 0.46) / 2, abs=1e-4)
+    assert [measure.assumed_density(length) for length in (1, 1024, 1 << 30)] == pytest.approx([1, 1, 0.041])
+
+
+def test_the_command_prints_every_length_and_keeps_the_answer(capsys, cache, monkeypatch):
+    monkeypatch.setattr(command, "time_attention", lambda shape, device, config, length: (4.0, 8.0 if length < 1536 else 2.0))
+    arguments = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--device", "cpu"]
+    assert command.main([*arguments, "--max-seq-len", "2048"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["1024", "1536", "2048"]
+    assert lines[1].split()[-1] == "0.50"
+    assert json.loads(lines[-1])["tokens"] == 1536
+    assert known.known_crossover(known.rule_of(FlashPrefillConfig()), SHAPE, CPU).tokens == 1536
+    for wrong in (["--kv-heads", "3"], ["--max-seq-len", "7"], ["--device", "nonsense"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(arguments + wrong)
+        assert stopped.value.code == 2
+        assert wrong[0] in capsys.readouterr().err.splitlines()[-1].replace("max_seq_len", "--max-seq-len")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What every attention layer of a patched model gets and does: (queries, the mask is ours, ran sparse)."""
+    calls, decide = [], seam.dense_reason
+
+    def spy(config, module, query, key, value, attention_mask, *rest):
+        reason = decide(config, module, query, key, value, attention_mask, *rest)
+        calls.append((query.shape[2], isinstance(attention_mask, CausalMask), reason is None))
+        return reason
+
+    monkeypatch.setattr(seam, "dense_reason", spy)
+    return calls
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_patched_model_runs_sparse_from_the_measured_length_on(base, seen):
+    known.remember(RULE, SHAPE, CPU, measured(130))
+    model = tiny_model(implementation=base)
+    mask = padding("left")[:, -130:]
+    expected = [model(prompt(length=129)).logits, model(prompt(length=130)).logits]
+    expected += [model(prompt(2)[:, :130], attention_mask=mask).logits[mask.bool()]]
+    patch_model(model, config=AUTO)
+    got = [model(prompt(length=129)).logits, model(prompt(length=130)).logits]
+    got += [model(prompt(2)[:, :130], attention_mask=mask).logits[mask.bool()]]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert_same_output(ours, theirs)
+    assert seen == [(129, False, False)] * 2 + [(130, True, True)] * 4
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (4, {"shorter than min_seq_len": 2})
+
+
+@torch.no_grad()
+def test_where_sparse_never_wins_a_model_stays_dense(seen):
+    known.remember(RULE, SHAPE, CPU, measured(None))
+    model = tiny_model()
+    expected = model(prompt(length=500)).logits
+    patch_model(model, config=AUTO)
+    assert torch.equal(model(prompt(length=500)).logits, expected)
+    assert seen == [(500, False, False)] * 2
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 2}
+
+
+@torch.no_grad()
+def test_nothing_reads_the_file_twice(monkeypatch):
+    reads, read = [], known._read
+    monkeypatch.setattr(known, "_read", lambda path: reads.append(path) or read(path))
+    model = patch_model(tiny_model(), config=AUTO)
+    for length in (90, 100, 110):
+        model(prompt(length=length))
+    patch_model(copy.deepcopy(model), config=AUTO, alpha=0.5)(prompt(length=100))
+    assert len(reads) == 1
+
+
+@torch.no_grad()
+def test_layers_decide_by_their_own_shape_where_the_models_config_says_another(seen):
+    """As in tensor parallelism, where a layer has its process's heads: what the mask left open, the layers close."""
+    known.remember(RULE, SHAPE._replace(heads=2, kv_heads=1), CPU, measured(100))
+    assert min_seq_len_of_model(AUTO, tiny_model().config, torch.float32, CPU) == 100
+    known.remember(RULE, SHAPE, CPU, measured(200))
+    assert min_seq_len_of_model(AUTO, tiny_model().config, torch.float32, CPU) == 100
+    model = tiny_model(implementation="eager")
+    expected = model(prompt(length=150)).logits
+    patch_model(model, config=AUTO)
+    assert_same_output(model(prompt(length=150)).logits, expected)
+    assert seen == [(150, True, False)] * 2
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 2}
+
+
+def test_a_model_that_does_not_tell_its_shape_leaves_it_to_the_layers():
+    assert min_seq_len_of_model(AUTO, None, torch.float32, CPU) == 0
+    assert min_seq_len_of_model(FlashPrefillConfig(min_seq_len=9), None, torch.float32, CPU) == 9
+
+
+@pytest.mark.skipif(_TAKES_CACHE_POSITION, reason="before transformers 5.4 masks cannot be made in a graph")
+@torch.no_grad()
+def test_a_graph_takes_the_length_in():
+    known.remember(RULE, SHAPE, CPU, measured(130))
+    model = patch_model(tiny_model(), config=AUTO)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for length in (129, 130, 200):
+        assert_same_output(compiled(prompt(length=length)).logits, model(prompt(length=length)).logits)
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (8, {"shorter than min_seq_len": 4})
+    torch.compiler.reset()
+
+
+IN_A_FRESH_PROCESS = """
+import pickle, sys, torch
+model = pickle.load(open(sys.argv[1], "rb"))
+import hf_flashprefill as fp
+assert fp.patched_config(model).min_seq_len == "auto"
+with torch.no_grad():
+    for length in (129, 130):
+        model(torch.arange(length)[None] % 100)
+stats = fp.prefill_stats(model)
+assert (stats.sparse_calls, stats.dense_calls) == (2, {"shorter than min_seq_len": 2}), stats.to_dict()
+"""
+
+
+def test_a_pickled_model_asks_the_fresh_process(tmp_path):
+    known.remember(RULE, SHAPE, CPU, measured(130))
+    (tmp_path / "model").write_bytes(pickle.dumps(patch_model(tiny_model(), config=AUTO)))
+    # The number of threads is part of what was measured.
+    code = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n" + IN_A_FRESH_PROCESS
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
+    done = run([sys.executable, "-c", code, str(tmp_path / "model")])
+    assert done.returncode == 0, done.stderr
