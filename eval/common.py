@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,29 +62,55 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True) -> None:
-    """Settings of the patched state; without ``has_rule`` a command has its own way to say alpha and selector."""
-    defaults = FlashPrefillConfig()
+def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True, min_seq_len: int | str = 1) -> None:
+    """Settings of the patched state.
+
+    Args:
+        has_rule: False if a command has its own way to say alpha and selector.
+        min_seq_len: What it is when neither its option nor ``--config`` says it.
+    """
+    defaults = FlashPrefillConfig(min_seq_len=min_seq_len)
+    parser.set_defaults(alpha=None, selector=None, config_defaults=defaults)
     if has_rule:
-        parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
-        parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
-    else:
-        parser.set_defaults(alpha=defaults.alpha, selector=defaults.selector)
-    add_min_seq_len_argument(parser, 1)
+        parser.add_argument("--alpha", type=float, help=f"threshold, the same for all layers (default: {defaults.alpha})")
+        parser.add_argument("--selector", help=f"rule that scores blocks (default: {defaults.selector})")
+    parser.add_argument(
+        "--min-seq-len",
+        type=_json_or_text,
+        metavar="TOKENS",
+        help=f'shortest prompt that runs sparse, or "auto" (default: {min_seq_len})',
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON file of FlashPrefillConfig's fields, such as eval.calibrate writes"
+    )
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of FlashPrefillConfig, values as in JSON"
     )
 
 
-def add_min_seq_len_argument(parser: argparse.ArgumentParser, default: int | str) -> None:
-    """The length that decides between sparse and dense."""
-    parser.add_argument(
-        "--min-seq-len",
-        type=_json_or_text,
-        default=default,
-        metavar="TOKENS",
-        help='shortest prompt that runs sparse, or "auto" (default: %(default)s)',
-    )
+def given_config(args: argparse.Namespace) -> FlashPrefillConfig:
+    """The settings that the options of ``add_config_arguments`` ask for; those named one by one go before ``--config``.
+
+    Raises:
+        UsageError: A value is out of its range, a field does not exist, or the file is none.
+    """
+    try:
+        base = args.config_defaults if args.config is None else FlashPrefillConfig.from_json(args.config)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--config {args.config}: {first_line(error)}") from None
+    options = {"alpha": args.alpha, "selector": args.selector, "min_seq_len": args.min_seq_len}
+    fields = {name: value for name, value in options.items() if value is not None}
+    try:
+        fields |= dict(parse_field(setting) for setting in args.set)
+    except ValueError as error:
+        raise UsageError(f"--set takes {error}") from None
+    if "alpha" in fields:
+        # As in patch_model: one alpha for all layers replaces those of a file.
+        fields = {"layer_alphas": None} | fields
+    try:
+        return replace(base, **fields)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Sequence[int], has_rule: bool = True) -> None:
@@ -118,15 +145,7 @@ def check_config_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
         raise UsageError(f"--limit must be at least 1, got {args.limit}")
     if args.output.is_dir():
         raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
-    fields = {"alpha": args.alpha, "selector": args.selector, "min_seq_len": args.min_seq_len}
-    try:
-        fields |= dict(parse_field(setting) for setting in args.set)
-    except ValueError as error:
-        raise UsageError(f"--set takes {error}") from None
-    try:
-        return FlashPrefillConfig(**fields)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from None
+    return given_config(args)
 
 
 def run_and_record(
@@ -182,7 +201,8 @@ def model_record(name: str, model: PreTrainedModel) -> ModelRecord:
 
 def recorded_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a result records as arguments: not those that its other parts hold, nor where files are."""
-    left_out = {"output", "device", "dtype", "model", "alpha", "selector", "min_seq_len", "set"}
+    of_config = {"alpha", "selector", "min_seq_len", "config", "config_defaults", "set"}
+    left_out = {"output", "device", "dtype", "model"} | of_config
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
 
 
@@ -287,9 +307,12 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def describe(config: FlashPrefillConfig) -> str:
-    """Selector and threshold, for titles."""
-    return f"selector {config.selector}, alpha {config.alpha:g}"
+def describe(config: FlashPrefillConfig | dict[str, Any]) -> str:
+    """Selector and threshold, for titles; ``config`` may be what a result holds."""
+    fields = config if isinstance(config, dict) else config.to_dict()
+    alphas = fields.get("layer_alphas")
+    alpha = f"{min(alphas):g} to {max(alphas):g} by layer" if alphas else f"{fields['alpha']:g}"
+    return f"selector {fields['selector']}, alpha {alpha}"
 
 
 def format_density(density: float | None) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval import common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler, selection
+from eval import calibrate, common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler, selection
 from hf_flashprefill import LayerStats, PrefillStats
 from hf_flashprefill.plotting import plot_density
 
@@ -147,6 +147,13 @@ KINDS = {
         lambda record: selection.summary_table(record["summary"]),
         lambda record: [Picture("selection", pictures.draw_selection(record["summary"]), "What a density costs.")],
     ),
+    "calibrate": Kind(
+        "Calibration",
+        "The alpha of each layer and the share of the attention it keeps: measured on dense layers, and, held out, on prompts "
+        "that took no part with all layers sparse.",
+        lambda record: calibrate.layer_table(record["rows"]),
+        lambda record: [],
+    ),
     "ttft": Kind(
         "Time to the first token",
         "Medians. The dashed line, where it was measured, is the model with attention that costs nothing: the ceiling.",
@@ -185,7 +192,7 @@ def describe_run(record: dict, path: Path) -> str:
     model, environment, config = record.get("model"), record.get("environment", {}), record.get("config") or {}
     parts = [model["name"] if isinstance(model, dict) else model, environment.get("device")]
     if record["harness"] not in ("selection", "ttft", "operator_speed") and config:
-        parts.append(f"selector {config['selector']}, alpha {config['alpha']:g}")
+        parts.append(common.describe(config))
     parts += [environment.get("time"), f"commit {environment['commit']}" if environment.get("commit") else None, path.name]
     return " · ".join(str(part) for part in parts if part)
 

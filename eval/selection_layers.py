@@ -37,7 +37,7 @@ class LayerMeasurements:
 
 
 class LayerObserver:
-    """Measures every point on every layer it is called with, all points on the same tensors.
+    """Measures every point on every layer it is called with, all points on the same tensors; not on sliding windows.
 
     Args:
         points: What to measure; results are in ``measurements``, in the same order.
@@ -52,6 +52,9 @@ class LayerObserver:
     @torch.no_grad()
     def __call__(self, module: nn.Module, tensors: AttentionInput, scale: float) -> None:
         layer, (query, key, _) = module.layer_idx, tensors
+        if (getattr(module, "sliding_window", None) or query.shape[2]) < query.shape[2]:
+            # Its window decides there, no selector.
+            return
         rows = self._rows.to(query.device)
         sizes = {point.config.block_size for point in self._points}
         geometries = {size: PrefillGeometry(1, query.shape[2], key.shape[2], 0, size) for size in sizes}
@@ -72,7 +75,7 @@ class LayerObserver:
         backend, device = resolve_backend(point.config.backend, tensors.query), tensors.query.device
         runs = stage_runs(backend, tensors, index, point.config, scale)
         seconds = {
-            stage: median_ms(run, device, 0.0, fewest=RUNS)["median_ms"] / 1e3
+            stage: median_ms(run, device, 0.0, least=RUNS)["median_ms"] / 1e3
             for stage, run in runs.items()
             if stage != "attend"
         }

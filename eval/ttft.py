@@ -100,7 +100,7 @@ def config_for_density(config: FlashPrefillConfig, length: int, density: float) 
         return sum(rows) + sum(range(count - tail + 1, count + 1))
 
     window = next((w for w in range(1, count) if kept(w) >= density * visible), count)
-    return replace(config, alpha=1.0, window_blocks=window)
+    return replace(config, alpha=1.0, layer_alphas=None, window_blocks=window)
 
 
 @torch.no_grad()
@@ -142,14 +142,11 @@ def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, rep
 
 def build_parser() -> argparse.ArgumentParser:
     parser = common.Parser("ttft", __doc__)
-    defaults = FlashPrefillConfig()
     common.add_model_arguments(parser)
+    common.add_config_arguments(parser, min_seq_len=FlashPrefillConfig().min_seq_len)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of --model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, default=defaults.alpha, help="threshold (default: %(default)s)")
-    parser.add_argument("--selector", default=defaults.selector, help="rule that scores blocks (default: %(default)s)")
     parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
-    common.add_min_seq_len_argument(parser, defaults.min_seq_len)
     parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results/ttft.json"), help="JSON file (default: %(default)s)")
     return parser
@@ -178,10 +175,7 @@ def main(argv: list[str]) -> int:
     if args.repeats < 1:
         raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
     densities = densities_of(args)
-    try:
-        base = FlashPrefillConfig(alpha=args.alpha, selector=args.selector, min_seq_len=args.min_seq_len)
-    except (ValueError, TypeError) as error:
-        raise common.UsageError(str(error)) from None
+    base = common.given_config(args)
     if args.shape:
         model = random_model(args.shape, args.device, args.dtype)
     else:
@@ -189,7 +183,10 @@ def main(argv: list[str]) -> int:
     rows = []
     for length, density in tqdm(list(zip(args.lengths, densities, strict=True)), desc="ttft", unit="length"):
         config = base if density is None else config_for_density(base, length, density)
-        rows.append(measure(model, length, config, args.repeats))
+        try:
+            rows.append(measure(model, length, config, args.repeats))
+        except ValueError as error:
+            raise common.UsageError(common.first_line(error)) from None
     identity = {
         "name": args.shape or Path(args.model).name,
         "parameters": model.num_parameters(),

@@ -1,6 +1,7 @@
 """Sparse prefill for Hugging Face transformers. Importing this registers nothing and changes nothing."""
 
 from .block_index import BlockIndex
+from .calibration import Calibration, LayerCalibration, calibrate
 from .config import FlashPrefillConfig
 from .functional import PrefillOutput, flash_prefill_attention
 from .patch import (
@@ -20,13 +21,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockIndex",
+    "Calibration",
     "FlashPrefillConfig",
+    "LayerCalibration",
     "LayerStats",
     "LayerWarmup",
     "PrefillOutput",
     "PrefillStats",
     "UnsupportedModelError",
     "WarmupReport",
+    "calibrate",
     "flash_prefill_attention",
     "is_patched",
     "patch_model",

@@ -8,14 +8,16 @@ to ``functional.flash_prefill_attention``; the result goes back as [B, Sq, Hq, D
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from .audit import start_audit
+from .block_index import BlockIndex
 from .config import FlashPrefillConfig
 from .crossover import LayerShape, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
@@ -27,8 +29,8 @@ logger = logging.get_logger(__name__)
 
 # Keyword arguments that change the attention itself. Any that is not None keeps the call dense.
 FOREIGN_ARGUMENTS = {
-    # Inkling's, one for each token. gpt-oss and others pass one for each head as s_aux, which runs sparse.
-    "sinks": "attention sinks of each token",
+    # One for each token. One for each head comes as s_aux and runs sparse.
+    "sinks": "attention sinks",
     "softcap": "softcap",
     "position_bias": "position bias",
     "cu_seq_lens_q": "packed sequences",
@@ -41,16 +43,38 @@ FOREIGN_ARGUMENTS = {
 COMPILED_MASK = "mask unknown while compiling"
 
 
+class LayerSettings(NamedTuple):
+    """Settings with a single alpha, and the same as the custom op takes them."""
+
+    config: FlashPrefillConfig
+    json: str
+
+
 @dataclass(frozen=True)
 class PrefillSettings:
     """What one registered attention name stands for: the settings and the implementation that dense calls go to."""
 
     config: FlashPrefillConfig
     base: str
-    config_json: str = field(init=False)
+    layers: tuple[LayerSettings, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "config_json", config_to_json(self.config))
+        alphas = self.config.layer_alphas or (self.config.alpha,)
+        configs = [replace(self.config, alpha=alpha, layer_alphas=None) for alpha in alphas]
+        object.__setattr__(self, "layers", tuple(LayerSettings(config, config_to_json(config)) for config in configs))
+
+    def of_layer(self, module: nn.Module) -> LayerSettings:
+        """The settings of a layer.
+
+        Raises:
+            ValueError: The settings hold one alpha per layer, and none for this one.
+        """
+        if self.config.layer_alphas is None:
+            return self.layers[0]
+        layer = getattr(module, "layer_idx", None)
+        if layer is None or layer >= len(self.layers):
+            raise ValueError(f"layer_alphas must hold an alpha for every layer, got {len(self.layers)} for layer {layer}")
+        return self.layers[layer]
 
 
 def prefill_attention(
@@ -87,24 +111,38 @@ def prefill_attention(
 # After a graph break dynamo would compile this alone, though it was called because nothing is being compiled.
 @torch.compiler.disable
 def _sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks) -> torch.Tensor:
+    config, record = settings.of_layer(module).config, record_sparse(module)
+    audit = start_audit(config, query, key, scale, sliding_window, sinks)
+
+    def on_index(index: BlockIndex) -> None:
+        record.add_index(index)
+        if audit is not None:
+            audit.add_index(index)
+
     output = flash_prefill_attention(
         query,
         key,
         value,
-        config=settings.config,
+        config=config,
         scale=scale,
         valid_ranges=valid_ranges,
         sliding_window=sliding_window,
         sinks=sinks,
-        on_index=record_sparse(module).add_index,
+        on_index=on_index,
     )
+    if audit is not None:
+        record.add_audit(audit.dropped(), config.audit_limit)
+        record.check_audit()
     return output.transpose(1, 2).contiguous()
 
 
 def _compiled_sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks) -> torch.Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output, kept, visible = sparse_prefill(query, key, value, valid_ranges, settings.config_json, scale, sliding_window, sinks)
-    record_compiled_sparse(module, kept, visible)
+    config, text = settings.of_layer(module)
+    output, kept, visible, dropped = sparse_prefill(query, key, value, valid_ranges, text, scale, sliding_window, sinks)
+    record = record_compiled_sparse(module, kept, visible)
+    if config.audit_rows and sliding_window is None:
+        record.add_audit(dropped, config.audit_limit)
     return output
 
 
@@ -132,7 +170,7 @@ def dense_reason(
             return reason
     sinks = kwargs.get("s_aux")
     if sinks is not None and sinks.shape != query.shape[1:2]:
-        return "attention sinks of each token"
+        return "attention sinks"
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         return "not causal"

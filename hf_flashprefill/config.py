@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
+import os
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 SELECTORS = ("share", "peak", "flashprefill", "topk", "topp")
@@ -48,6 +51,14 @@ class FlashPrefillConfig:
             16384 on other GPUs and for small layers. On one H200 the operator was 0.62 times as fast as cuDNN's dense
             attention at 4096 tokens and 1.43 times at 8192; the other numbers are guesses.
         dense_layers: Layers, counted from 0, that stay dense.
+        layer_alphas: One alpha for each layer of a model, as ``calibrate`` finds them; they replace ``alpha``. None: all
+            layers have ``alpha``. The operator by itself knows no layers and takes ``alpha``.
+        audit_rows: Query rows of each sparse call of a layer, spread over the prompt, that are compared with exact attention,
+            >= 0; ``prefill_stats`` says how much of their attention fell on dropped blocks. 0 compares none. The cost is a
+            product of so many rows with all keys: ``audit_rows / (density * tokens)`` of the sparse attention's own
+            arithmetic, 0.4 % for 16 rows at 8192 tokens and density .46, and one read of the keys.
+        audit_limit: Share of the attention, from 0 to 1, averaged over the audited rows and heads of a layer. A layer that
+            drops more brings one warning.
         backend: ``"triton"`` (NVIDIA GPU), ``"torch"`` (any device), ``"reference"`` (the specification, slow), or
             ``"auto"``: triton where it can run, else torch.
 
@@ -67,14 +78,14 @@ class FlashPrefillConfig:
     correction: bool = False
     min_seq_len: int | str = AUTO
     dense_layers: tuple[int, ...] = ()
+    layer_alphas: tuple[float, ...] | None = None
+    audit_rows: int = 0
+    audit_limit: float = 0.05
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, numbers.Real):
-            raise TypeError(f"alpha must be a number from 0 to 1, got {self.alpha!r}")
-        if not (math.isfinite(self.alpha) and 0 <= self.alpha <= 1):
-            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha!r}")
-        object.__setattr__(self, "alpha", float(self.alpha))
+        for name in ("alpha", "audit_limit"):
+            object.__setattr__(self, name, _share(name, getattr(self, name)))
         _require_choice("selector", self.selector, SELECTORS)
         _require_choice("backend", self.backend, BACKENDS)
         for name, choices in (("block_size", BLOCK_SIZES), ("pool_size", POOL_SIZES), ("query_stride", QUERY_STRIDES)):
@@ -84,17 +95,57 @@ class FlashPrefillConfig:
         _require_auto_or_integer("min_seq_len", self.min_seq_len, 0)
         if not isinstance(self.correction, bool):
             raise TypeError(f"correction must be True or False, got {self.correction!r}")
-        if isinstance(self.dense_layers, (str, bytes)) or not hasattr(self.dense_layers, "__iter__"):
-            raise TypeError(f"dense_layers must be a sequence of layer numbers, got {self.dense_layers!r}")
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        _require_integer("audit_rows", self.audit_rows, 0)
+        object.__setattr__(self, "dense_layers", _sequence("dense_layers", self.dense_layers, "layer numbers"))
         for layer in self.dense_layers:
             _require_integer("dense_layers", layer, 0)
+        if self.layer_alphas is not None:
+            alphas = _sequence("layer_alphas", self.layer_alphas, "numbers from 0 to 1")
+            object.__setattr__(self, "layer_alphas", tuple(_share("layer_alphas", alpha) for alpha in alphas))
+            if not alphas:
+                raise ValueError("layer_alphas must hold one number for each layer or be None, got none")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values; ``FlashPrefillConfig(**d)`` restores them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["dense_layers"] = list(self.dense_layers)
-        return values
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Write the settings to a JSON file, which ``from_json`` reads and ``patch_model(config=path)`` takes."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> FlashPrefillConfig:
+        """The settings in a JSON file; fields that it leaves out have their defaults.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is not a JSON object of settings, or a value is out of its range.
+            TypeError: A value is of the wrong type.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or not set(values) <= set(known):
+            found = sorted(set(values) - set(known)) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{path} must hold a JSON object with fields of {known}, got {found}")
+        return cls(**values)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+    return float(value)
+
+
+def _sequence(name: str, value: Any, entries: str) -> tuple:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of {entries}, got {value!r}")
+    return tuple(value)
 
 
 def _require_choice(name: str, value: Any, choices: tuple) -> None:

@@ -11,6 +11,7 @@ import json
 
 import torch
 
+from .audit import start_audit
 from .config import FlashPrefillConfig
 from .functional import flash_prefill_attention
 
@@ -35,7 +36,7 @@ def sparse_prefill(
     scale: float,
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``flash_prefill_attention`` of a call whose query ends where the keys end.
 
     Args:
@@ -49,12 +50,18 @@ def sparse_prefill(
         sinks: [Hq], the logit of each head's softmax column without a value; None if there is none.
 
     Returns:
-        Output [B, Sq, Hq, D], contiguous; kept key blocks of each head, int64 [Hq]; visible key blocks of one head, int64 [].
+        Output [B, Sq, Hq, D], contiguous; kept key blocks of each head, int64 [Hq]; visible key blocks of one head, int64 [];
+        ``RowAudit.dropped``, float32 [3], zeros without an audit.
     """
     kept = torch.zeros(query.shape[1], dtype=torch.int64, device=query.device)
     visible = torch.zeros((), dtype=torch.int64, device=query.device)
 
+    settings = _config_from_json(config)
+    audit = start_audit(settings, query, key, scale, sliding_window, sinks)
+
     def count(index):
+        if audit is not None:
+            audit.add_index(index)
         kept.add_(index.counts.sum((0, 2), dtype=torch.int64))
         visible.add_(index.visible_total())
 
@@ -62,14 +69,15 @@ def sparse_prefill(
         query,
         key,
         value,
-        config=_config_from_json(config),
+        config=settings,
         scale=scale,
         valid_ranges=valid_ranges,
         sliding_window=sliding_window,
         sinks=sinks,
         on_index=count,
     )
-    return output.transpose(1, 2).contiguous(), kept, visible
+    dropped = torch.zeros(3, device=query.device) if audit is None else audit.dropped()
+    return output.transpose(1, 2).contiguous(), kept, visible, dropped
 
 
 @sparse_prefill.register_fake
@@ -79,4 +87,5 @@ def _(query, key, value, valid_ranges, config, scale, sliding_window=None, sinks
         query.new_empty(batch, query_len, heads, head_dim),
         query.new_empty(heads, dtype=torch.int64),
         query.new_empty((), dtype=torch.int64),
+        query.new_empty(3, dtype=torch.float32),
     )

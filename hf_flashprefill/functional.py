@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -124,6 +124,21 @@ def flash_prefill_attention(
                 backend.attend_blocks(query, key, value, index, output=output, **options)
                 report(index)
     return PrefillOutput(output, BlockIndex.concatenate(parts)) if return_index else output
+
+
+def select_in_rounds(
+    query: torch.Tensor, key: torch.Tensor, geometry: PrefillGeometry, config: FlashPrefillConfig, scale: float
+) -> Iterator[BlockIndex]:
+    """The lists of ``flash_prefill_attention`` without its attention, a part of the query blocks at a time."""
+    backend = resolve_backend(config.backend, query)
+    rule = {"scale": scale, **selection_rule(config)}
+    if backend is reference:
+        yield reference.select_blocks(query, key, geometry, **rule)
+        return
+    selecting = selecting_backend(config.selector, backend)
+    pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
+    for first, count in _rounds(geometry, query.shape[1]):
+        yield selecting.select_blocks(query, pooled, geometry, first_query_block=first, query_blocks=count, **rule)
 
 
 def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:

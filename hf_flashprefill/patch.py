@@ -11,8 +11,9 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -27,6 +28,9 @@ from .stats import LayerRecord, attach_record, detach_record, reset_prefill_stat
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# Settings, or the JSON file that FlashPrefillConfig.to_json wrote.
+ConfigLike = FlashPrefillConfig | str | os.PathLike
+
 # The name must not contain "flash", "sdpa", "flex_attention" or "/": transformers takes meaning from those.
 NAME = "block_sparse_prefill"
 
@@ -37,9 +41,7 @@ class UnsupportedModelError(ValueError):
     """The model's attention cannot be patched; the message names the class and the reason."""
 
 
-def patch_model(
-    model: ModelT, alpha: float | None = None, *, config: FlashPrefillConfig | None = None, **overrides: Any
-) -> ModelT:
+def patch_model(model: ModelT, alpha: float | None = None, *, config: ConfigLike | None = None, **overrides: Any) -> ModelT:
     """Give ``model`` sparse prefill, in place. Decode, short prompts and whatever is not plain causal stay dense.
 
     Patching a patched model replaces its settings and starts its statistics anew. Models that share one config object are
@@ -48,8 +50,8 @@ def patch_model(
     Args:
         model: A ``PreTrainedModel`` whose layers go through transformers' AttentionInterface, or a PEFT model around one.
             Of a multimodal model only the text part is patched.
-        alpha: Replaces ``config.alpha``.
-        config: Settings; ``FlashPrefillConfig()`` if None.
+        alpha: For all layers; replaces ``config.alpha`` and ``config.layer_alphas``.
+        config: Settings, or the path of a JSON file of them; ``FlashPrefillConfig()`` if None.
         **overrides: Single fields of FlashPrefillConfig.
 
     Returns:
@@ -57,15 +59,14 @@ def patch_model(
 
     Raises:
         TypeError: Not a transformers model, or an argument that FlashPrefillConfig does not have.
-        ValueError: A setting is out of range.
+        ValueError: A setting is out of range, or ``layer_alphas`` is not as long as the model has layers.
+        OSError: ``config`` is a path that cannot be read.
         UnsupportedModelError: The model does not fit; nothing was changed.
     """
     settings_config = _merged_config(alpha, config, overrides)
     part = _SeamPart.of(model)
     part.require_supported()
-    layers = getattr(part.config, "num_hidden_layers", None)
-    if layers is not None and any(layer >= layers for layer in settings_config.dense_layers):
-        raise ValueError(f"dense_layers must lie from 0 to {layers - 1}, got {settings_config.dense_layers}")
+    part.require_layers(settings_config)
     name = _register(PrefillSettings(settings_config, part.base))
     with part.undone_on_error():
         part.set_implementation(name)
@@ -95,7 +96,7 @@ def patched_config(model: nn.Module) -> FlashPrefillConfig | None:
 
 @contextlib.contextmanager
 def patched(
-    model: ModelT, alpha: float | None = None, *, config: FlashPrefillConfig | None = None, **overrides: Any
+    model: ModelT, alpha: float | None = None, *, config: ConfigLike | None = None, **overrides: Any
 ) -> Iterator[ModelT]:
     """``patch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception."""
     part = _SeamPart.of(model)
@@ -121,6 +122,31 @@ def unpatched(model: ModelT) -> Iterator[ModelT]:
             part.set_implementation(previous)
 
 
+@contextlib.contextmanager
+def attention_replaced(
+    model: nn.Module, config: FlashPrefillConfig, attention: Callable[..., Any] = prefill_attention
+) -> Iterator[PreTrainedModel]:
+    """For a ``with`` block, layers call ``attention(settings, module, query, ...)`` as those of a patched model do.
+
+    The block gets the transformers model inside of ``model``, with empty statistics. Afterwards the model and its
+    statistics are as before, also after an exception.
+    """
+    part = _SeamPart.of(model)
+    part.require_supported()
+    part.require_layers(config)
+    previous, records, name = part.implementation, saved_records(part.model), f"{NAME}_replaced"
+    try:
+        part.set_implementation(_register(PrefillSettings(config, part.base), name, attention))
+        reset_prefill_stats(part.model)
+        yield part.model
+    finally:
+        if part.implementation != previous:
+            part.set_implementation(previous)
+        restore_records(records)
+        for registry in (_SETTINGS, AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
+            registry.pop(name, None)
+
+
 def register_attention(config: FlashPrefillConfig | None = None, *, base: str = "sdpa") -> str:
     """Register settings as an attention implementation and return its name, ``"block_sparse_prefill"``.
 
@@ -134,26 +160,31 @@ def register_attention(config: FlashPrefillConfig | None = None, *, base: str = 
     return _register(PrefillSettings(_merged_config(None, config, {}), base), NAME)
 
 
-def _merged_config(alpha: float | None, config: FlashPrefillConfig | None, overrides: dict[str, Any]) -> FlashPrefillConfig:
+def _merged_config(alpha: float | None, config: ConfigLike | None, overrides: dict[str, Any]) -> FlashPrefillConfig:
+    if isinstance(config, (str, os.PathLike)):
+        config = FlashPrefillConfig.from_json(config)
     config = FlashPrefillConfig() if config is None else config
     if not isinstance(config, FlashPrefillConfig):
-        raise TypeError(f"config must be a FlashPrefillConfig, got {type(config).__name__}")
+        raise TypeError(f"config must be a FlashPrefillConfig or a path, got {type(config).__name__}")
     known = [field.name for field in fields(FlashPrefillConfig)]
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise TypeError(f"unknown settings {unknown}; FlashPrefillConfig has {known}")
     if alpha is not None:
         overrides = overrides | {"alpha": alpha}
+    if "alpha" in overrides:
+        # Whoever names one alpha for all layers means it.
+        overrides = {"layer_alphas": None} | overrides
     return replace(config, **overrides)
 
 
-def _register(settings: PrefillSettings, name: str | None = None) -> str:
+def _register(settings: PrefillSettings, name: str | None = None, attention: Callable[..., Any] = prefill_attention) -> str:
     if name is None:
         content = json.dumps([settings.config.to_dict(), settings.base], sort_keys=True)
         name = f"{NAME}_{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     _SETTINGS[name] = settings
     AttentionMaskInterface.register(name, functools.partial(prefill_mask, settings.base, settings.config))
-    AttentionInterface.register(name, functools.partial(prefill_attention, settings))
+    AttentionInterface.register(name, functools.partial(attention, settings))
     return name
 
 
@@ -216,6 +247,16 @@ class _SeamPart:
                 raise UnsupportedModelError(f"{name}: {type(module).__name__} changes the attention mask it is given")
         if getattr(self.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name}: encoder-decoder models have no causal prefill")
+
+    def require_layers(self, config: FlashPrefillConfig) -> None:
+        """Raise ValueError unless the settings name layers that the model has."""
+        layers = getattr(self.config, "num_hidden_layers", None)
+        if layers is None:
+            return
+        if any(layer >= layers for layer in config.dense_layers):
+            raise ValueError(f"dense_layers must lie from 0 to {layers - 1}, got {config.dense_layers}")
+        if config.layer_alphas is not None and len(config.layer_alphas) != layers:
+            raise ValueError(f"layer_alphas must hold {layers} numbers, one a layer, got {len(config.layer_alphas)}")
 
     @contextlib.contextmanager
     def undone_on_error(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .audit import Alarm, HostCopy
 from .block_index import BlockIndex
 
 # Where a patched model's attention layers keep their record. An attribute, and not a table by module, because a compiled
@@ -32,6 +33,12 @@ class LayerRecord:
     # What compiled graphs count, which can add to tensors but not to Python's numbers.
     compiled_sparse_calls: torch.Tensor | None = None
     compiled_dense_calls: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Of the audited calls, float32 [3]: sum of the mean dropped shares, number of calls, largest dropped share.
+    audit: torch.Tensor | None = None
+    audit_limit: float = 1.0
+    audit_copy: HostCopy | None = None
+    # Made when it is needed: a compiled graph that makes a record can make no such object.
+    alarm: Alarm | None = None
 
     def __deepcopy__(self, memo: dict) -> LayerRecord:
         return LayerRecord(self.revive)
@@ -54,6 +61,33 @@ class LayerRecord:
         if isinstance(self.visible, torch.Tensor):
             self.visible = self.visible.to(kept.device)
         self.visible = self.visible + visible
+
+    def add_audit(self, dropped: torch.Tensor, limit: float) -> None:
+        """``RowAudit.dropped`` of one call, and the share from which on it is worth a warning."""
+        if self.audit is not None:
+            before = self.audit.to(dropped.device)
+            dropped = torch.cat([before[:2] + dropped[:2], torch.maximum(before[2:], dropped[2:])])
+        self.audit, self.audit_limit = dropped, limit
+
+    def check_audit(self) -> None:
+        """Warn if the audit of earlier calls is above its limit, as far as that has reached the host. Never waits."""
+        if self.alarm is not None and self.alarm.has_rung:
+            return
+        arrived = None if self.audit_copy is None else self.audit_copy.arrived()
+        if arrived is not None:
+            self.warn_above_limit(_mean_dropped(arrived))
+        if arrived is not None or self.audit_copy is None:
+            self.audit_copy = HostCopy(self.audit)
+
+    def warn_above_limit(self, dropped: float) -> None:
+        if self.alarm is None:
+            self.alarm = Alarm()
+        self.alarm.check(dropped, self.audit_limit)
+
+
+def _mean_dropped(audit: torch.Tensor) -> float:
+    total, calls, _ = audit.tolist()
+    return total / max(calls, 1)
 
 
 # Records of layers that are no longer patched, so that they can still be read.
@@ -112,13 +146,17 @@ def record_sparse(module: nn.Module, calls: int = 1) -> LayerRecord:
     return record
 
 
-def record_compiled_sparse(module: nn.Module, kept: torch.Tensor, visible: torch.Tensor) -> None:
-    """Count a sparse call of a compiled graph: kept blocks per head, int64 [Hq], and visible blocks of one head, int64 []."""
+def record_compiled_sparse(module: nn.Module, kept: torch.Tensor, visible: torch.Tensor) -> LayerRecord:
+    """Count a sparse call of a compiled graph: kept blocks per head, int64 [Hq], and visible blocks of one head, int64 [].
+
+    Returns the record, for the call's audit.
+    """
     record = _record(module)
     if record.compiled_sparse_calls is None:
         record.compiled_sparse_calls = torch.zeros((), dtype=torch.int64, device=kept.device)
     record.compiled_sparse_calls.add_(1)
     record.add_blocks(kept, visible)
+    return record
 
 
 def _record(module: nn.Module) -> LayerRecord:
@@ -140,6 +178,9 @@ class LayerStats:
         dense_calls: Calls that stayed dense, by reason.
         density: Kept over causally visible key blocks, all sparse calls together; None if there were none.
         head_density: The same for each query head.
+        dropped_mass: Share of the exact attention of the audited queries that fell on dropped blocks, mean over queries,
+            heads and calls; None without an audit (``audit_rows``).
+        largest_dropped_mass: The largest such share of a single query and head.
     """
 
     layer: int
@@ -147,6 +188,8 @@ class LayerStats:
     dense_calls: dict[str, int]
     density: float | None
     head_density: list[float]
+    dropped_mass: float | None = None
+    largest_dropped_mass: float | None = None
 
 
 @dataclass(frozen=True)
@@ -180,26 +223,33 @@ class PrefillStats:
         }
 
     def __str__(self) -> str:
-        lines = ["layer  sparse   dense  density  head min-max"]
+        audited = any(layer.dropped_mass is not None for layer in self.layers)
+        lines = [f"layer  sparse   dense  density  {'dropped mean, max  ' if audited else ''}head min-max"]
         for layer in self.layers:
             density = "-" if layer.density is None else f"{layer.density:.3f}"
             heads = f"{min(layer.head_density):.3f}-{max(layer.head_density):.3f}" if layer.head_density else "-"
             dense = sum(layer.dense_calls.values())
-            lines.append(f"{layer.layer:5d} {layer.sparse_calls:7d} {dense:7d}  {density:>7}  {heads}")
+            dropped = f"{_dropped_cell(layer):>17}  " if audited else ""
+            lines.append(f"{layer.layer:5d} {layer.sparse_calls:7d} {dense:7d}  {density:>7}  {dropped}{heads}")
         lines += [f"dense because: {reason} ({count})" for reason, count in sorted(self.dense_calls.items())]
         return "\n".join(lines)
+
+
+def _dropped_cell(layer: LayerStats) -> str:
+    return "-" if layer.dropped_mass is None else f"{layer.dropped_mass:.4f}, {layer.largest_dropped_mass:.4f}"
 
 
 def prefill_stats(model: nn.Module) -> PrefillStats:
     """What the attention layers of ``model`` have done since it was patched, or since ``reset_prefill_stats``.
 
-    Waits for the device. Layers that were never called are left out.
+    Waits for the device. Layers that were never called are left out. Warns, once, if the audit of a layer is above its limit.
     """
     layers = []
     for module in model.modules():
         record = _known_record(module)
         if record is not None and record.was_called:
             layers.append(layer_stats(module, getattr(module, "layer_idx", len(layers))))
+            record.warn_above_limit(layers[-1].dropped_mass or 0.0)
     return PrefillStats(layers)
 
 
@@ -218,21 +268,24 @@ def layer_stats(module: nn.Module, number: int, dense_calls: Counter | None = No
         dense_calls=dict(Counter(record.dense_calls) + compiled + (dense_calls or Counter())),
         density=sum(heads) / len(heads) if heads else None,
         head_density=heads,
+        dropped_mass=None if record.audit is None else _mean_dropped(record.audit),
+        largest_dropped_mass=None if record.audit is None else record.audit[2].item(),
     )
 
 
 def reset_prefill_stats(model: nn.Module) -> None:
     """Forget what the layers of ``model`` have done."""
+    alarm = Alarm()
     for module in model.modules():
-        reset_layer(module)
+        reset_layer(module, alarm)
 
 
-def reset_layer(module: nn.Module) -> None:
-    """Forget what one attention layer has done."""
+def reset_layer(module: nn.Module, alarm: Alarm | None = None) -> None:
+    """Forget what one attention layer has done; layers with the same ``alarm`` warn once together."""
     _PAST.pop(module, None)
     record = module.__dict__.get(ATTRIBUTE)
     if record is not None:
-        setattr(module, ATTRIBUTE, LayerRecord(record.revive))
+        setattr(module, ATTRIBUTE, LayerRecord(record.revive, alarm=alarm))
 
 
 def _known_record(module: nn.Module) -> LayerRecord | None:

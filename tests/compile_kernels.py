@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flashprefill.backends.triton import attend, attend_hopper, energies, shares, tuning
+from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, shares, tuning
 from hf_flashprefill.backends.triton.pool import TILE
 
 HEADS, KEY_HEADS, TOKENS, BLOCK = 8, 2, 512, 128
@@ -97,6 +97,16 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         ),
     )  # fmt: skip
 
+    # As vLLM's cache has them: the keys of a token and head before its values.
+    pages = torch.zeros(4, 16, KEY_HEADS, 2 * head_dim, dtype=dtype).split(head_dim, -1)
+    yield (
+        "gather",
+        gather._gather_pages_kernel.warmup(
+            *pages, counts, key, TOKENS, *pages[0].stride()[:3], *pages[1].stride()[:3], PAGE=16, HEAD_DIM=head_dim,
+            BLOCK_D=head_dim, TOKENS=gather.TILE // head_dim, num_warps=4, grid=(1,),
+        ),
+    )  # fmt: skip
+
     if capability == 90:
         tiles = tuning.hopper_tiles(head_dim)
         descriptors = [attend_hopper._descriptor(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
@@ -111,7 +121,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
 
 
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
-    """Bytes spilled, registers, and ptxas's warnings about serialised matrix products (C75xx)."""
+    """Bytes spilled, registers, ptxas's warnings about serialised matrix products (C75xx), and 16-byte loads and stores."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -125,6 +135,7 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),
         "shared_memory": kernel.metadata.shared,
+        "vector_accesses": len(re.findall(r"(?:ld|st)\.global\.v4\.b32", kernel.asm["ptx"])),
     }
 
 

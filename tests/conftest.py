@@ -11,6 +11,13 @@ if not HAS_GPU:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--soak-cases", type=int, default=int(os.environ.get("SOAK_CASES", 10_000)), help="random calls per soak test"
+    )
+    parser.addoption("--soak-seed", type=int, default=int(os.environ.get("SOAK_SEED", 0)), help="which random calls")
+
+
 def pytest_collection_modifyitems(items):
     if not HAS_GPU:
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
@@ -29,6 +36,12 @@ def device():
 def _no_measurements_of_this_machine(tmp_path_factory):
     """What somebody measured here must not decide what tests see, nor tests what anybody sees here."""
     os.environ["HF_FLASHPREFILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def soak_cases(request):
+    """How many random calls a soak test makes, and their seed."""
+    return request.config.getoption("--soak-cases"), request.config.getoption("--soak-seed")
 
 
 @pytest.fixture(autouse=True)

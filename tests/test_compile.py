@@ -1,12 +1,14 @@
 """torch.compile: the operator as a custom op, and whole models whose compiled prefill stays sparse and counted."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, register_attention
+from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.custom_op import config_to_json, sparse_prefill
 from hf_flashprefill.masking import _TAKES_CACHE_POSITION
 from hf_flashprefill.support.matrix import SETTINGS
@@ -40,12 +42,22 @@ def test_the_op_is_the_operator(window, sinks):
     query, key, value = tensors()
     options = {"scale": 0.2, "sliding_window": window, "sinks": sinks}
     expected, index = flash_prefill_attention(query, key, value, config=SPARSE, return_index=True, **options)
-    output, kept, visible = sparse_prefill(query, key, value, None, config_to_json(SPARSE), **options)
+    output, kept, visible, dropped = sparse_prefill(query, key, value, None, config_to_json(SPARSE), **options)
     assert torch.equal(output, expected.transpose(1, 2))
     assert output.is_contiguous()
     assert kept.tolist() == index.counts.sum((0, 2)).tolist()
     assert int(visible) == int(index.visible_total())
     assert kept.sum() < visible * 4
+    assert dropped.tolist() == [0, 0, 0]
+
+
+def test_the_op_audits_what_the_uncompiled_call_audits():
+    query, key, value = tensors()
+    audit = RowAudit(query, key, rows=9, scale=0.2)
+    flash_prefill_attention(query, key, value, config=SPARSE, scale=0.2, on_index=audit.add_index)
+    dropped = sparse_prefill(query, key, value, None, config_to_json(replace(SPARSE, audit_rows=9)), 0.2)[3]
+    assert torch.equal(dropped, audit.dropped())
+    assert 0 < dropped[0] < dropped[2] < 1
 
 
 def test_the_op_keeps_the_rules_of_custom_ops():

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -9,6 +10,33 @@ def test_defaults_round_trip():
     config = FlashPrefillConfig(alpha=0.1, dense_layers=[0, 3])
     assert config.dense_layers == (0, 3)
     assert FlashPrefillConfig(**config.to_dict()) == config
+
+
+def test_json_file_round_trip(tmp_path):
+    path = tmp_path / "config.json"
+    config = FlashPrefillConfig(layer_alphas=[0, 0.25], audit_rows=16, dense_layers=(1,))
+    assert config.layer_alphas == (0.0, 0.25)
+    config.to_json(path)
+    assert json.loads(path.read_text())["layer_alphas"] == [0.0, 0.25]
+    assert FlashPrefillConfig.from_json(path) == config
+    path.write_text('{"alpha": 0.125}')
+    assert FlashPrefillConfig.from_json(path) == FlashPrefillConfig(alpha=0.125)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "got list"),
+        ('{"alphas": 1}', "got \\['alphas'\\]"),
+        ('{"alpha": 2}', "alpha must be from 0"),
+    ],
+)
+def test_bad_json_files_are_named(content, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        FlashPrefillConfig.from_json(path)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +63,12 @@ def test_defaults_round_trip():
         ("dense_layers", "01", TypeError),
         ("dense_layers", 3, TypeError),
         ("dense_layers", (-1,), ValueError),
+        ("layer_alphas", 0.1, TypeError),
+        ("layer_alphas", (), ValueError),
+        ("layer_alphas", (0.1, 2), ValueError),
+        ("layer_alphas", (True,), TypeError),
+        ("audit_rows", -1, ValueError),
+        ("audit_limit", 1.1, ValueError),
     ],
 )
 def test_bad_values_name_the_field(field, value, error):

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from eval.haystack import standard_library_text
 from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
 from eval.statistics import paired_difference, perplexity_rise
+from hf_flashprefill import FlashPrefillConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,8 +168,12 @@ def test_perplexity_rise_by_hand():
         (["--alpha", "2"], "alpha must be from 0 to 1"),
         (["--alpha", "much"], "--alpha"),
         (["--selector", "best"], "selector must be one of"),
+        (["--min-seq-len", "automatic"], "min_seq_len must be"),
         (["--set", "alpha"], "--set takes FIELD=VALUE"),
         (["--set", "depth=1"], "--set takes FIELD=VALUE"),
+        (["--config", "nowhere.json"], "--config nowhere.json: "),
+        (["--config", "pyproject.toml"], "--config pyproject.toml: pyproject.toml is not JSON"),
+        (["--set", "layer_alphas=[0.1]"], "layer_alphas must hold 4 numbers"),
         (["--set", "block_size=100"], "block_size must be one of"),
         (["--dataset", "./no-such-file.txt"], "there is no such file"),
         (["--dataset", "no-such.jsonl"], "there is no such file"),
@@ -208,3 +214,24 @@ def test_fields_are_set_by_name():
     args = parser.parse_args(["--alpha", "0.25", "--set", "dense_layers=[0, 2]", "backend=reference", "sink_blocks=0"])
     config = common.check_run_arguments(args)
     assert (config.alpha, config.dense_layers, config.backend, config.sink_blocks) == (0.25, (0, 2), "reference", 0)
+
+
+def test_a_file_of_settings_yields_to_options(tmp_path):
+    path = tmp_path / "config.json"
+    written = FlashPrefillConfig(layer_alphas=(0.1, 0.2), selector="peak", min_seq_len=4096, sink_blocks=0)
+    written.to_json(path)
+    parser = common.Parser("recall", "Documentation.")
+    common.add_run_arguments(parser, "recall", [1024])
+
+    def config(*options):
+        return common.check_run_arguments(parser.parse_args(list(options)))
+
+    assert config("--config", str(path)) == written
+    assert "alpha 0.1 to 0.2 by layer" in common.describe(written)
+    assert config("--config", str(path), "--set", "sink_blocks=3") == replace(written, sink_blocks=3)
+    assert config("--config", str(path), "--alpha", "0.5", "--min-seq-len", "7") == replace(
+        written, alpha=0.5, layer_alphas=None, min_seq_len=7
+    )
+    assert config() == FlashPrefillConfig(min_seq_len=1)
+    recorded = common.recorded_arguments(parser.parse_args(["--config", str(path)]))
+    assert recorded == {"lengths": [1024], "limit": None, "seed": 0}

@@ -196,6 +196,41 @@ def test_offsets_beyond_32_bits():
     torch.testing.assert_close(output[0, 0, -1].double(), weights @ keys, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("selector", ["share", "flashprefill"])
+def test_one_million_tokens(selector):
+    """Within 1 GiB of scratch, rows whose answer stands in one far block agree with exact attention over all keys."""
+    tokens, heads, key_heads, channels = 1 << 20, 32, 8, 128
+    shape = {"device": "cuda", "dtype": torch.bfloat16}
+    query = torch.randn(1, tokens, heads, channels, **shape).transpose(1, 2)
+    key, value = (torch.randn(1, key_heads, tokens, channels, **shape) for _ in range(2))
+    # The share selector asks the last query of every eight and averages eight keys. The energy of a block is that of its mean.
+    width = 8 if selector == "share" else 128
+    rows = [(0, tokens - 513, 512 * 200), (31, 700_031, 512 * 3), (13, 131_071, 512 * 7), (20, tokens - 1, 512 * 1000)]
+    for head, row, needle in rows:
+        key[0, head // 4, needle : needle + width] = 2 * query[0, head, row]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept, visible = torch.zeros((), dtype=torch.int64, device="cuda"), 0
+
+    def count(index):
+        nonlocal visible
+        kept.add_(index.counts.sum(dtype=torch.int64))
+        visible += index.visible_total() * heads
+
+    config = FlashPrefillConfig(selector=selector, alpha=0.005 if selector == "share" else 1.0, backend="triton")
+    output = flash_prefill_attention(query, key, value, config=config, on_index=count)
+    scratch = torch.cuda.max_memory_allocated() - before - output.nbytes
+    assert scratch <= 1 << 30, f"{scratch / 2**20:.0f} MiB of scratch"
+    assert int(kept) < 0.1 * visible, "most blocks must have been dropped"
+    for head, row, _ in rows:
+        seen = slice(0, row + 1)
+        weights = (key[0, head // 4, seen].double() @ query[0, head, row].double() * channels**-0.5).softmax(0)
+        exact = weights @ value[0, head // 4, seen].double()
+        # The rounding of weights and result; a million other keys weigh less than 1e-3 together.
+        torch.testing.assert_close(output[0, head, row].double(), exact, atol=5e-3, rtol=1e-2)
+
+
 @pytest.mark.parametrize("cache", [None, "static"])
 @torch.no_grad()
 def test_generate_gives_the_tokens_of_the_unpatched_model(cache):

@@ -19,7 +19,7 @@ def test_kernels_compile_clean(capability):
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     verdicts = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
-    expected = {"attend", "attend window sinks", "attend means", "energies", "shares"}
+    expected = {"attend", "attend window sinks", "attend means", "energies", "gather", "shares"}
     expected |= {"attend_hopper"} if capability == 90 else set()
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
     for verdict in verdicts:
@@ -27,3 +27,6 @@ def test_kernels_compile_clean(capability):
         assert verdict["warnings"] == [], verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
         assert verdict["shared_memory"] <= (232448 if capability == 90 else 101376), verdict
+        if verdict["kernel"] == "gather":
+            # Of 8192 numbers in two tensors, each of 128 threads loads and stores all of its own in 16-byte pieces.
+            assert verdict["vector_accesses"] == 32, verdict

@@ -55,3 +55,7 @@ def test_runs(name, monkeypatch):
             assert len(densities) >= 2
             assert densities == sorted(densities, reverse=True)
         assert re.search(r"alpha 0 +density 1\.00 +recall +\+0\.0 points .* perplexity [+-]0\.00%", text)
+        mass, density = re.search(r"held out: (\S+) of the attention at density (\S+)", text).groups()
+        assert float(mass) > 0.95
+        assert float(density) < 0.9
+        assert int(re.search(r"(\d+) of 96 questions right at density", text)[1]) > 90

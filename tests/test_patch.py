@@ -80,6 +80,8 @@ def test_context_managers_restore_after_an_exception():
         ({"alphas": 0.1}, TypeError, "alphas"),
         ({"config": {"alpha": 0.1}}, TypeError, "config"),
         ({"dense_layers": [2]}, ValueError, "dense_layers must lie from 0 to 1"),
+        ({"layer_alphas": [0.1]}, ValueError, "layer_alphas must hold 2 numbers, one a layer, got 1"),
+        ({"config": "nowhere.json"}, OSError, "nowhere.json"),
     ],
 )
 def test_bad_settings_change_nothing(arguments, error, message):

@@ -1,5 +1,7 @@
 """The only place that says how close is close."""
 
+import math
+
 import torch
 
 
@@ -17,3 +19,23 @@ def assert_no_worse_than_eager(actual: torch.Tensor, eager: torch.Tensor, exact:
 def assert_same_output(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Float32 results of two exact methods: they differ by the order of summation only."""
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def logit_rounding(
+    queries: torch.Tensor, magnitudes: torch.Tensor, scale: float, terms: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """How far base-2 logits of [..., R, D] queries and [..., P, D] keys may err in float32: [..., R, P].
+
+    The bound of a sum in any order. ``magnitudes`` are the keys' absolute values, or means of these, and ``terms`` the keys
+    in such a mean; with a half ``dtype`` the mean is rounded once more.
+    """
+    products = queries.double().abs() @ magnitudes.double().transpose(-1, -2) * (scale * math.log2(math.e))
+    factor = (queries.shape[-1] + terms + 8) * torch.finfo(torch.float32).eps
+    return products * (factor + (0 if dtype == torch.float32 else torch.finfo(dtype).eps))
+
+
+def attention_rounding(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> float:
+    """How far attention of [..., R, D] queries over [..., S, D] keys and values may err: by its logits, weights and result."""
+    logits = logit_rounding(query, key.abs(), scale, 1, torch.float32).max().item()
+    own = torch.finfo(value.dtype).eps
+    return value.double().abs().max().item() * (2 * logits + 4 * own + 64 * torch.finfo(torch.float32).eps)

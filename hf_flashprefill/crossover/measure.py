@@ -167,17 +167,17 @@ def imposed_index(
     return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
 
 
-def median_ms(run: Callable[[], object], device: torch.device, seconds: float, fewest: int = FEWEST_RUNS) -> dict[str, float]:
+def median_ms(run: Callable[[], object], device: torch.device, seconds: float, least: int = FEWEST_RUNS) -> dict[str, float]:
     """Median and quartiles of ``run`` in milliseconds, after one unmeasured run; by the GPU's clock where there is one.
 
-    It runs for ``seconds``, at most 200 times and at least ``fewest`` times, which must be 2 or more.
+    It runs for ``seconds`` and at least ``least`` times, two or more.
     """
     run()
     times: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     until = time.perf_counter() + seconds
-    while len(times) < fewest or (time.perf_counter() < until and len(times) < 200):
+    while len(times) < least or (time.perf_counter() < until and len(times) < 200):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

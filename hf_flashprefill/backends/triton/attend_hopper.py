@@ -334,9 +334,9 @@ def _attend_hopper_kernel(
     head_count,
     long_tiles,
     heads,
-    stride_ob,
-    stride_oh,
-    stride_os,
+    stride_ob: gl.int64,
+    stride_oh: gl.int64,
+    stride_os: gl.int64,
     GROUP: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
@@ -379,9 +379,9 @@ def _attend_hopper_kernel(
     )
     fence_async_shared()
 
-    output_ptr += batch.to(gl.int64) * stride_ob + first_head.to(gl.int64) * stride_oh
+    output_ptr += batch * stride_ob + first_head * stride_oh
     pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width)
-    strides = (stride_oh.to(gl.int64), stride_os.to(gl.int64))
+    strides = (stride_oh, stride_os)
     place = (first_row, own, query_begin, query_end, key_end)
     work = (gl.where(is_empty, 0, head_count), tiles.to(gl.int64), width.to(gl.int64))
     descriptors = (query_desc, key_desc, value_desc)

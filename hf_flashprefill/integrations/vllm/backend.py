@@ -206,11 +206,9 @@ class SparsePrefillImpl:
         record = record_sparse(layer, len(split.plan.long_rows))
         for row in split.plan.long_rows:
             tokens = slice(row.first_token, row.end_token)
-            block_table = split.block_table[row.row]
             result = flash_prefill_attention(
                 query[tokens].transpose(0, 1)[None],
-                gather_row(key_pages, block_table, row.seq_len),
-                gather_row(value_pages, block_table, row.seq_len),
+                *gather_row(key_pages, value_pages, split.block_table[row.row], row.seq_len),
                 config=self._settings.prefill,
                 scale=self.scale,
                 on_index=record.add_index,

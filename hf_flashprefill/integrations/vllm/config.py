@@ -60,6 +60,10 @@ def settings_from(additional_config: Any, speculative_tokens: int = 0) -> RowSet
     if isinstance(min_query_len, bool) or not isinstance(min_query_len, numbers.Integral) or min_query_len < least:
         raise ValueError(f"{place}: min_query_len must be a whole number >= {least}, got {min_query_len!r}")
     try:
-        return RowSettings(FlashPrefillConfig(**values), int(min_query_len))
+        prefill = FlashPrefillConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from None
+    for name in ("layer_alphas", "audit_rows"):
+        if getattr(prefill, name):
+            raise ValueError(f"{place}: {name} is for transformers models and not in vLLM, got {values[name]!r}")
+    return RowSettings(prefill, int(min_query_len))

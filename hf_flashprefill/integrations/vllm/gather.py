@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ...functional import triton_obstacle
+
 
 def flash_pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views [P, N, Hkv, D] of the key and value pages of a cache as vLLM's FlashAttention backend sees it.
@@ -36,15 +38,27 @@ def cpu_pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, tor
     return key_pages, value_pages
 
 
-def gather_row(pages: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """The first ``seq_len`` tokens of one row: [1, Hkv, S, D], a view of [pages, N, Hkv, D] memory of its own.
+def gather_row(
+    key_pages: torch.Tensor, value_pages: torch.Tensor, block_table: torch.Tensor, seq_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first ``seq_len`` tokens of one row: keys and values, each [1, Hkv, S, D] in memory of its own.
 
     Nothing waits for the device: how many pages there are follows from ``seq_len``.
 
     Args:
-        pages: [P, N, Hkv, D], any strides.
+        key_pages: [P, N, Hkv, D], any strides.
+        value_pages: The same shape, dtype and device.
         block_table: Integers [at least ceil(S / N)] on the pages' device, page numbers in the order of the tokens.
-        seq_len: S, tokens.
+        seq_len: S, tokens, at least 1.
     """
-    count = -(-seq_len // pages.shape[1])
-    return pages.index_select(0, block_table[:count]).flatten(0, 1)[:seq_len].transpose(0, 1)[None]
+    # The kernel copies pieces of the last dimension. Views that vLLM's NVIDIA backends give have it dense.
+    is_dense = key_pages.stride(-1) == value_pages.stride(-1) == 1
+    if key_pages.is_cuda and is_dense and triton_obstacle(key_pages) is None:
+        from ...backends.triton.gather import gather_pages
+
+        return gather_pages(key_pages, value_pages, block_table, seq_len)
+    pages = block_table[: -(-seq_len // key_pages.shape[1])]
+    key, value = (
+        source.index_select(0, pages).flatten(0, 1)[:seq_len].transpose(0, 1)[None] for source in (key_pages, value_pages)
+    )
+    return key, value

@@ -1,0 +1,128 @@
+"""The alpha of each layer that keeps a share of the attention on your text, as a file that patch_model and all harnesses take.
+
+    python -m eval.calibrate                                             # the bundled model, minutes on two CPU cores
+    python -m eval.calibrate --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 --target 0.99
+    python -m eval.recall --model meta-llama/Llama-3.1-8B-Instruct --config results/configs/calibrate.json
+
+Each layer gets the largest alpha whose blocks hold ``--target`` of the exact attention of sampled queries, measured on dense
+layers. Prompts that took no part are then prefilled with all layers sparse, and the share that is kept there is reported
+beside. The share is a means; what it is worth in answers and perplexity, eval.recall and eval.perplexity say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from random import Random
+
+from transformers import PreTrainedTokenizerBase
+
+from eval import common
+from eval.haystack import plant
+from eval.recall_prompts import make_prompts
+from eval.runner import process_count
+from eval.schema import Result
+from eval.texts import add_text_arguments, corpus_ids
+from hf_flashprefill import Calibration, calibrate
+
+KINDS = ("facts", "text")
+
+
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase, corpus: Sequence[int], length: int, count: int, kind: str, seed: int
+) -> list:
+    """``count`` prompts of ``length`` tokens: stretches of the text, ``"facts"`` with what eval.recall plants in them.
+
+    Raises:
+        ValueError: The length or the text is too short.
+    """
+    if kind == "facts":
+        return [prompt.ids for prompt in make_prompts(tokenizer, corpus, length, count, seed=seed)]
+    prefix = common.text_prefix(tokenizer)
+    return [plant(corpus, length, [], Random(f"{seed}/{length}/{number}"), prefix)[0] for number in range(count)]
+
+
+def summarise(found: Calibration) -> list[dict]:
+    """One record: the target, the worst layer and the means over the layers."""
+    layers, held_out = found.layers, [layer.held_out_mass for layer in found.layers if layer.held_out_mass is not None]
+    return [
+        {
+            "target": found.target,
+            "prompts": found.prompts,
+            "held_out_prompts": found.held_out,
+            "density": common.mean([layer.density for layer in layers]),
+            "mass": common.mean([layer.mass for layer in layers]),
+            "held_out_density": found.held_out_density,
+            "held_out_mass": found.held_out_mass,
+            "lowest_held_out_mass": min(held_out, default=None),
+        }
+    ]
+
+
+def layer_table(rows: list[dict]) -> str:
+    """One line per layer; rows are LayerCalibrations as dicts."""
+    header = ["layer", "alpha", "density", "mass", "lowest head", "held out: density", "mass"]
+    cells = []
+    for row in rows:
+        numbers = [f"{row['density']:.3f}", f"{row['mass']:.4f}", f"{row['lowest_head_mass']:.4f}"]
+        held_out = ["", ""]
+        if row["held_out_mass"] is not None:
+            held_out = [f"{row['held_out_density']:.3f}", f"{row['held_out_mass']:.4f}"]
+        cells.append([str(row["layer"]), f"{row['alpha']:.5f}", *numbers, *held_out])
+    return common.format_table(header, cells)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.Parser("calibrate", __doc__)
+    common.add_run_arguments(parser, "calibrate", lengths=[4096], has_rule=False)
+    add_text_arguments(parser)
+    parser.add_argument("--selector", help="rule that scores blocks (default: the config's)")
+    parser.add_argument("--target", type=float, default=0.99, help="share of the attention to keep (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=3, help="per length (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=1, help="further prompts per length (default: %(default)s)")
+    parser.add_argument("--kind", choices=KINDS, default="facts", help="plant facts in the text or not (default: %(default)s)")
+    parser.add_argument("--every-head", action="store_true", help="every head must reach the target, not only their mean")
+    parser.add_argument("--rows", type=int, default=64, help="queries of a prompt that are looked at (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    config = common.check_run_arguments(args)
+    for name, least in (("prompts", 1), ("held_out", 0)):
+        if getattr(args, name) < least:
+            raise common.UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if process_count() > 1:
+        raise common.UsageError("eval.calibrate runs in one process; start it without accelerate launch")
+    count = args.prompts if args.limit is None else min(args.prompts, args.limit)
+    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    corpus = corpus_ids(tokenizer, args)
+    try:
+        fitting, held_out = [], []
+        for length in dict.fromkeys(args.lengths):
+            made = prompts_of(tokenizer, corpus, length, count + args.held_out, args.kind, args.seed)
+            fitting += made[:count]
+            held_out += made[count:]
+        options = {"target": args.target, "rows": args.rows, "every_head": args.every_head}
+        found = calibrate(model, fitting, config=config, held_out=held_out, **options)
+    except ValueError as error:
+        raise common.UsageError(common.first_line(error)) from None
+    rows = [asdict(layer) for layer in found.layers]
+    place, identity = common.environment(model.device), common.model_record(args.model, model)
+    arguments, summary = common.recorded_arguments(args), summarise(found)
+    Result("calibrate", place, identity, found.config.to_dict(), arguments, summary, rows).write(args.output)
+    # In a folder of its own, so that a report of all results does not take it for one.
+    settings = args.output.parent / "configs" / args.output.name
+    settings.parent.mkdir(exist_ok=True)
+    found.config.to_json(settings)
+    print(layer_table(rows))
+    if held_out:
+        print(f"held out: mass {found.held_out_mass:.4f} at density {found.held_out_density:.3f}, target {found.target}")
+    print(f"wrote {args.output} and, for --config and patch_model, {settings}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_command(main))

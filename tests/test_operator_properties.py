@@ -1,0 +1,137 @@
+"""Random calls of the operator against the reference in float64: ``pytest -m soak`` for thousands of them."""
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+
+from hf_flashprefill import BlockIndex, flash_prefill_attention, reference
+from hf_flashprefill.functional import selection_rule
+from tests.inputs import exact_dense
+from tests.strategies import Call, random_calls
+from tests.tolerance import attention_rounding, logit_rounding
+
+BACKENDS = ("torch", "triton")
+
+
+@contextmanager
+def poisoned_memory():
+    """Whatever ``torch.empty`` hands out is full of NaN, or of the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(call: Call, backend: str, device: torch.device):
+    """The tensors, the scale, the output and the index of a call, which must leave its inputs alone."""
+    *tensors, ranges = call.tensors(device)
+    copies = [tensor.clone() for tensor in tensors]
+    offset = None if call.offset + call.query_len == call.kv_len else call.offset
+    settings = {"config": call.config(backend), "scale": call.scale, "query_offset": offset, "valid_ranges": ranges}
+    with poisoned_memory():
+        output, index = flash_prefill_attention(*tensors, return_index=True, **settings)
+    assert output.shape == tensors[0].shape
+    assert output.dtype == call.variant.dtype
+    for tensor, copy in zip(tensors, copies, strict=True):
+        torch.testing.assert_close(tensor, copy, equal_nan=True, atol=0, rtol=0)
+    index.validate()
+    return tensors, ranges, call.scale or call.variant.head_dim**-0.5, output, index
+
+
+def valid_rows(index: BlockIndex, query, key, value):
+    """(row, its queries' places in the call, positions, queries, keys, values) of rows that have queries; padding cut away."""
+    geometry = index.geometry
+    for row, span in enumerate(geometry.row_spans()):
+        if span.query_end > span.query_begin:
+            first = span.start + span.query_begin - geometry.query_offset
+            places = slice(first, first + span.query_end - span.query_begin)
+            keys, values = (tensor[row, :, span.start : span.start + span.key_end] for tensor in (key, value))
+            positions = torch.arange(span.query_begin, span.query_end, device=query.device)
+            yield row, places, positions, query[row, :, places], keys, values
+
+
+def row_scores(variant, rule, scale, positions, queries, keys):
+    """Scores of one row in float64, [Hq, M, N], and how far each query block's may err, [Hq, M, 1]."""
+    pool, key_count = rule["pool_size"], keys.shape[1]
+    pooled = reference.pooled_keys(keys, pool)
+    fixed = (queries, positions, pooled, key_count, variant.block_size)
+    if variant.selector == "flashprefill":
+        scores = reference.block_energies(*fixed, scale, torch.float64)
+    else:
+        scores = reference.block_shares(*fixed, pool, rule["query_stride"], scale, torch.float64)
+    magnitudes = reference.pooled_keys(keys.abs(), pool).repeat_interleave(variant.group, 0)
+    rounding = logit_rounding(queries, magnitudes, scale, pool, variant.dtype).amax(-1)
+    blocks = positions // variant.block_size - positions[0] // variant.block_size
+    per_block = torch.stack([rounding[:, blocks == block].amax(1) for block in range(scores.shape[1])], 1)
+    return scores, 4 * per_block[..., None] + 5e-5
+
+
+def check(call: Call, backend: str, device: torch.device) -> None:
+    tensors, ranges, scale, output, index = run(call, backend, device)
+    variant, config = call.variant, call.config(backend)
+    rule = selection_rule(config)
+    forced = {name: rule[name] for name in ("alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")}
+    is_relative = variant.selector != "share"
+    kept, exact = index.to_mask(), reference.attend_blocks(*tensors, index, scale=scale, dtype=torch.float64)
+    is_padding = torch.ones(call.batch, call.query_len, dtype=torch.bool, device=device)
+    for row, places, positions, queries, keys, values in valid_rows(index, *tensors):
+        is_padding[row, places] = False
+        scores, rounding = row_scores(variant, rule, scale, positions, queries, keys)
+        first_block = int(positions[0]) // variant.block_size
+        expected = reference.kept_blocks(scores, first_block, is_relative=is_relative, **forced)
+        got = kept[row, :, : expected.shape[1], : expected.shape[2]]
+        assert got.sum() == kept[row].sum(), "a block outside the row"
+        margin = scores - (scores.amax(-1, keepdim=True) if is_relative else 0.0)
+        margin = (margin - math.log2(config.alpha)).abs() if config.alpha > 0 else torch.full_like(scores, math.inf)
+        wrong = (got != expected) & ~(margin <= rounding)
+        assert not wrong.any(), f"{wrong.sum()} blocks wrong in row {row}, {margin[wrong].min():.2e} from the threshold"
+        error = (output[row, :, places].double() - exact[row, :, places]).abs().max().item()
+        keys, values = (tensor.repeat_interleave(variant.group, 0) for tensor in (keys, values))
+        allowed = attention_rounding(queries, keys, values, scale)
+        assert error <= allowed, f"row {row} errs {error:.2e}, {allowed:.2e} allowed"
+        if config.alpha == 0:
+            dense = exact_dense(*tensors, call.offset, ranges, scale)[row, :, places]
+            error = (output[row, :, places].double() - dense).abs().max().item()
+            assert error <= allowed, f"row {row} errs {error:.2e} against dense attention, {allowed:.2e} allowed"
+    assert not output.transpose(1, 2)[is_padding].any(), "padding must be zeros"
+    if config.alpha == 0:
+        assert index.density() == 1
+
+
+QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+@pytest.mark.parametrize(("backend", "examples", "tokens"), [("torch", 100, 300), ("triton", 6, 150)], ids=BACKENDS)
+def test_random_calls(backend, examples, tokens, device):
+    @settings(max_examples=examples, derandomize=True, **QUIET)
+    @given(random_calls(backend, device, tokens))
+    def holds(call):
+        check(call, backend, device)
+
+    holds()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_soak(backend, device, soak_cases, capsys):
+    """Another --soak-seed gives other calls."""
+    cases, number = soak_cases
+    done = 0
+
+    @seed(number)
+    @settings(max_examples=cases, **QUIET)
+    @given(random_calls(backend, device, 160 if backend == "torch" else 80))
+    def holds(call):
+        nonlocal done
+        check(call, backend, device)
+        done += 1
+        if done % 500 == 0 or done == cases:
+            with capsys.disabled():
+                print(f"{backend} on {device}: {done} random calls of seed {number} hold", flush=True)
+
+    holds()
+    assert done >= cases
