@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eval.operator_speed import median_ms, stage_runs
+from eval.operator_speed import stage_runs
 from eval.oracle import BlockMasses, block_masses, index_from_masses, row_masses
 from eval.probe import AttentionInput
 from eval.selection_points import Point
 from hf_flashprefill import BlockIndex
+from hf_flashprefill.crossover.measure import median_ms
 from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
@@ -36,7 +37,7 @@ class LayerMeasurements:
 
 
 class LayerObserver:
-    """Measures every point on every layer it is called with, all points on the same tensors.
+    """Measures every point on every layer it is called with, all points on the same tensors; not on sliding windows.
 
     Args:
         points: What to measure; results are in ``measurements``, in the same order.
@@ -51,6 +52,9 @@ class LayerObserver:
     @torch.no_grad()
     def __call__(self, module: nn.Module, tensors: AttentionInput, scale: float) -> None:
         layer, (query, key, _) = module.layer_idx, tensors
+        if (getattr(module, "sliding_window", None) or query.shape[2]) < query.shape[2]:
+            # Its window decides there, no selector.
+            return
         rows = self._rows.to(query.device)
         sizes = {point.config.block_size for point in self._points}
         geometries = {size: PrefillGeometry(1, query.shape[2], key.shape[2], 0, size) for size in sizes}

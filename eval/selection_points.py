@@ -71,8 +71,8 @@ def _points(curve: str, base: FlashPrefillConfig) -> list[Point]:
     try:
         thresholds = [float(alpha) for alpha in alphas.split(",")]
         fields = dict(parse_field(setting) for setting in settings.split(",") if setting)
-        if fields.keys() & {"alpha", "selector"}:
-            raise ValueError("alpha and selector stand before the @")
+        if fields.keys() & {"alpha", "layer_alphas", "selector"}:
+            raise ValueError("the selector and its alphas stand before the @")
         if selector in SELECTORS:
             fields["selector"] = selector
         configs = [replace(base, alpha=alpha, **({"layer_alphas": None} | fields)) for alpha in thresholds]

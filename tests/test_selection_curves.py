@@ -18,7 +18,7 @@ from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, functio
 from hf_flashprefill.geometry import PrefillGeometry
 
 LENGTH, FACTS, QUESTIONS = 1500, 4, 9
-CURVES = ["share:0.2,0", "flashprefill:0.3@block_size=64,sink_blocks=1", "oracle-max:0,0.3"]
+CURVES = ["share:0.2,0", "flashprefill:0.3@block_size=64,correction=true", "topk:0.7", "oracle-max:0,0.3"]
 BASE = FlashPrefillConfig(min_seq_len=1, dense_tail_blocks=0)
 FORCED = {"sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 1}
 
@@ -63,7 +63,7 @@ def answers_and_loss(model, prompt):
 
 def test_points_are_what_a_patched_model_does(whole, recall_model, prompts):
     model = recall_model[0]
-    points = [("share", 0.2, {}), ("flashprefill", 0.3, {"block_size": 64, "sink_blocks": 1})]
+    points = [("share", 0.2, {}), ("flashprefill", 0.3, {"block_size": 64, "correction": True})]
     recalls, rises = {}, {}
     for prompt in prompts:
         dense_wrong, dense_loss = answers_and_loss(model, prompt)
@@ -73,7 +73,7 @@ def test_points_are_what_a_patched_model_does(whole, recall_model, prompts):
                 wrong, loss = answers_and_loss(model, prompt)
                 stats = prefill_stats(model)
             assert stats.sparse_calls == model.config.num_hidden_layers
-            name = selector + "@block_size=64,sink_blocks=1" * bool(fields)
+            name = selector + "@block_size=64,correction=true" * bool(fields)
             (row,) = (r for r in whole["rows"] if (r["prompt"], r["selector"], r["alpha"]) == (prompt.name, name, alpha))
             assert row["density"] == pytest.approx(stats.density, abs=1e-9)
             assert row["layer_density"] == pytest.approx([layer.density for layer in stats.layers])
