@@ -84,60 +84,56 @@ def flash_prefill_attention(
     sinks = None if sinks is None else _checked_sinks(sinks, query)
     scale = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
     backend = resolve_backend(config.backend, query)
-    rule = selection_rule(config)
-    parts: list[BlockIndex] = []
-
-    def report(index: BlockIndex) -> None:
-        if return_index:
-            parts.append(index)
-        if on_index is not None:
-            on_index(index)
-
     batch, heads, query_len, head_dim = query.shape
     options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
     # A window keeps all it sees, and what it does not see must not come back as a mean.
     correction = config.correction and window is None
+    parts: list[BlockIndex] = []
     with torch.no_grad():
-        if backend is reference:
-            if window is None:
-                index = reference.select_blocks(query, key, geometry, scale=scale, **rule)
-            else:
-                index = BlockIndex.of_window(geometry, heads, window, 0, geometry.query_blocks, query.device)
-            output = reference.attend_blocks(query, key, value, index, correction=correction, **options).to(query.dtype)
-            report(index)
-        else:
+        if backend is not reference:
             # Padding rows are nobody's to write, so they must start as zeros.
             fill = torch.empty if valid_ranges is None else torch.zeros
             output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-            selecting = selecting_backend(config.selector, backend)
-            if window is None:
-                pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
             if correction:
                 options["means"] = tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
-            for first, count in _rounds(geometry, heads):
-                if window is None:
-                    index = selecting.select_blocks(
-                        query, pooled, geometry, scale=scale, first_query_block=first, query_blocks=count, **rule
-                    )
-                else:
-                    index = BlockIndex.of_window(geometry, heads, window, first, count, query.device)
+        for index in select_in_rounds(query, key, geometry, config, scale, window):
+            if backend is reference:
+                output = reference.attend_blocks(query, key, value, index, correction=correction, **options).to(query.dtype)
+            else:
                 backend.attend_blocks(query, key, value, index, output=output, **options)
-                report(index)
+            if return_index:
+                parts.append(index)
+            if on_index is not None:
+                on_index(index)
     return PrefillOutput(output, BlockIndex.concatenate(parts)) if return_index else output
 
 
 def select_in_rounds(
-    query: torch.Tensor, key: torch.Tensor, geometry: PrefillGeometry, config: FlashPrefillConfig, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    geometry: PrefillGeometry,
+    config: FlashPrefillConfig,
+    scale: float,
+    sliding_window: int | None = None,
 ) -> Iterator[BlockIndex]:
-    """The lists of ``flash_prefill_attention`` without its attention, a part of the query blocks at a time."""
-    backend = resolve_backend(config.backend, query)
+    """The lists that ``flash_prefill_attention`` attends, a part of the query blocks at a time.
+
+    Arguments have been checked; ``sliding_window`` is None or shorter than the keys.
+    """
+    backend, heads = resolve_backend(config.backend, query), query.shape[1]
+    # The reference attends a whole call at once.
+    rounds = [(0, geometry.query_blocks)] if backend is reference else _rounds(geometry, heads)
+    if sliding_window is not None:
+        for first, count in rounds:
+            yield BlockIndex.of_window(geometry, heads, sliding_window, first, count, query.device)
+        return
     rule = {"scale": scale, **selection_rule(config)}
     if backend is reference:
         yield reference.select_blocks(query, key, geometry, **rule)
         return
     selecting = selecting_backend(config.selector, backend)
     pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
-    for first, count in _rounds(geometry, query.shape[1]):
+    for first, count in rounds:
         yield selecting.select_blocks(query, pooled, geometry, first_query_block=first, query_blocks=count, **rule)
 
 
