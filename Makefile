@@ -1,4 +1,4 @@
-.PHONY: style test test-gpu bench
+.PHONY: style test test-gpu soak bench bench-gpu
 
 style:
 	ruff check --fix .
@@ -10,6 +10,22 @@ test:
 test-gpu:
 	pytest -m gpu
 
+soak:
+	pytest -m soak
+
 bench:
 	python -m eval.operator_speed
+	python -m eval.layout_speed
 	python -m eval.ttft
+
+SHAPE = --device cuda --heads 32 --kv-heads 8
+
+bench-gpu:
+	python -m hf_flashprefill.crossover --heads 32 --kv-heads 8 --head-dim 128
+	python -m eval.operator_speed $(SHAPE) --head-dims 128 --lengths 4096 8192 16384 32768 65536 131072 262144 --seconds 0.1
+	python -m eval.operator_speed $(SHAPE) --head-dims 64 256 --lengths 16384 65536 --seconds 0.1 --output results/operator-dims.json
+	python -m eval.layout_speed $(SHAPE) --head-dim 128 --lengths 32768 131072
+	python -m eval.ttft --shape llama-3.1-8b --lengths 4096 32768 131072 --density published --device cuda --repeats 2
+	python -m eval.ttft --shape qwen3-30b-a3b --lengths 4096 32768 131072 --density published --device cuda --repeats 2 \
+		--output results/ttft-qwen3-30b-a3b.json
+	pytest -m gpu tests/test_gather.py -s

@@ -2,8 +2,9 @@
 
     python -m eval.report results/*.json --output results/report.html
 
-Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, ttft and operator_speed, of one run or of many;
-several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a folder beside it.
+Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, calibrate, ttft, operator_speed and layout_speed,
+of one run or of many; several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a
+folder beside it.
 """
 
 from __future__ import annotations
@@ -166,6 +167,15 @@ KINDS = {
         operator_table,
         lambda record: [Picture("operator", pictures.draw_operator(record["rows"]), "Speed-up against prompt length.")],
     ),
+    "layout_speed": Kind(
+        "Batches, padding and chunks",
+        "The operator's time over that of the same work as prompts of their own, less 1.",
+        lambda record: rows_table(
+            record,
+            {name: (lambda row, name=name: row[name]) for name in ("length", "layout", "density", "median_ms", "overhead")},
+        ),
+        lambda record: [],
+    ),
 }
 
 
@@ -191,7 +201,7 @@ def describe_run(record: dict, path: Path) -> str:
     """Model, device, settings, commit and file of a run in one line."""
     model, environment, config = record.get("model"), record.get("environment", {}), record.get("config") or {}
     parts = [model["name"] if isinstance(model, dict) else model, environment.get("device")]
-    if record["harness"] not in ("selection", "ttft", "operator_speed") and config:
+    if record["harness"] not in ("selection", "ttft", "operator_speed", "layout_speed") and config:
         parts.append(common.describe(config))
     parts += [environment.get("time"), f"commit {environment['commit']}" if environment.get("commit") else None, path.name]
     return " · ".join(str(part) for part in parts if part)
