@@ -58,11 +58,12 @@ def row_scores(variant, rule, scale, positions, queries, keys):
     """Scores of one row in float64, [Hq, M, N], and how far each query block's may err, [Hq, M, 1]."""
     pool, key_count = rule["pool_size"], keys.shape[1]
     pooled = reference.pooled_keys(keys, pool)
-    fixed = (queries, positions, pooled, key_count, variant.block_size)
+    fixed = (queries, positions, pooled, key_count)
     if variant.selector == "flashprefill":
-        scores = reference.block_energies(*fixed, scale, torch.float64)
+        scores = reference.block_energies(*fixed, variant.block_size, scale, torch.float64)
     else:
-        scores = reference.block_shares(*fixed, pool, rule["query_stride"], scale, torch.float64)
+        shares = reference.probe_shares(*fixed, pool, rule["query_stride"], scale, torch.float64)
+        scores = reference.block_shares(*shares, int(positions[0]) // variant.block_size, variant.block_size, pool)
     magnitudes = reference.pooled_keys(keys.abs(), pool).repeat_interleave(variant.group, 0)
     rounding = logit_rounding(queries, magnitudes, scale, pool, variant.dtype).amax(-1)
     blocks = positions // variant.block_size - positions[0] // variant.block_size
@@ -74,18 +75,17 @@ def check(call: Call, backend: str, device: torch.device) -> None:
     tensors, ranges, scale, output, index = run(call, backend, device)
     variant, config = call.variant, call.config(backend)
     rule = selection_rule(config)
-    forced = {name: rule[name] for name in ("alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")}
-    is_relative = variant.selector != "share"
+    forced = {name: rule[name] for name in ("selector", "alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")}
     kept, exact = index.to_mask(), reference.attend_blocks(*tensors, index, scale=scale, dtype=torch.float64)
     is_padding = torch.ones(call.batch, call.query_len, dtype=torch.bool, device=device)
     for row, places, positions, queries, keys, values in valid_rows(index, *tensors):
         is_padding[row, places] = False
         scores, rounding = row_scores(variant, rule, scale, positions, queries, keys)
         first_block = int(positions[0]) // variant.block_size
-        expected = reference.kept_blocks(scores, first_block, is_relative=is_relative, **forced)
+        expected = reference.kept_blocks(scores, first_block, **forced)
         got = kept[row, :, : expected.shape[1], : expected.shape[2]]
         assert got.sum() == kept[row].sum(), "a block outside the row"
-        margin = scores - (scores.amax(-1, keepdim=True) if is_relative else 0.0)
+        margin = scores - (scores.amax(-1, keepdim=True) if variant.selector != "share" else 0.0)
         margin = (margin - math.log2(config.alpha)).abs() if config.alpha > 0 else torch.full_like(scores, math.inf)
         wrong = (got != expected) & ~(margin <= rounding)
         assert not wrong.any(), f"{wrong.sum()} blocks wrong in row {row}, {margin[wrong].min():.2e} from the threshold"
