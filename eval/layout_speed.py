@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from eval import common
-from eval.operator_speed import Tensors, random_tensors
+from eval.operator_speed import KERNEL_SELECTORS, Tensors, add_tensor_arguments, check_tensor_arguments, random_tensors
 from eval.schema import Result
 from eval.ttft import config_for_density
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
@@ -77,29 +77,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", type=float, help="of the visible blocks; default: as published for the length")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens (default: %(default)s)")
-    parser.add_argument("--selector", choices=["share", "peak", "flashprefill"], default="share")
+    parser.add_argument("--selector", choices=KERNEL_SELECTORS, default="share")
     parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=sorted(common.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"])
+    add_tensor_arguments(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: results/layouts-DATE-DEVICE.json)")
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    if args.heads < 1 or args.kv_heads < 1 or args.heads % args.kv_heads:
-        raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
     if min(args.lengths) < 256:
         raise common.UsageError(f"--lengths must be at least 256 tokens, got {min(args.lengths)}")
     if args.chunk < 1 or args.chunk % 128:
         raise common.UsageError(f"--chunk must be a multiple of 128 tokens, got {args.chunk}")
     if args.density is not None and not 0 < args.density <= 1:
         raise common.UsageError(f"--density must be above 0 and at most 1, got {args.density}")
-    args.device = torch.device(args.device)
-    args.dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+    check_tensor_arguments(args)
 
 
 def main(argv: list[str]) -> int:

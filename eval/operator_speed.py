@@ -175,21 +175,34 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
     return row
 
 
+def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Heads, device and dtype of random tensors, and the backend that works on them."""
+    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=sorted(common.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"])
+
+
+def check_tensor_arguments(args: argparse.Namespace) -> None:
+    """Make torch's device and dtype of the options of ``add_tensor_arguments``."""
+    if args.heads < 1 or args.kv_heads < 1 or args.heads % args.kv_heads:
+        raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
+    args.device = torch.device(args.device)
+    args.dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = common.Parser("operator_speed", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens (default: %(default)s)")
     parser.add_argument("--densities", type=float, nargs="+", help="one per length; default: as published for the length")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64])
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
     parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full (default: %(default)s)")
     parser.add_argument("--selectors", nargs="+", choices=KERNEL_SELECTORS, default=["share", "flashprefill"])
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=sorted(common.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"])
+    add_tensor_arguments(parser)
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-DATE-DEVICE.json)")
     return parser
@@ -199,15 +212,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.densities = args.densities or [PUBLISHED_DENSITY.get(length, 0.1) for length in args.lengths]
     if len(args.densities) != len(args.lengths):
         raise common.UsageError(f"--densities must be one per length, got {len(args.densities)} for {len(args.lengths)}")
-    if args.heads % args.kv_heads:
-        raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
     for peer in args.peer:
         if "=" not in peer or not Path(peer.partition("=")[2]).is_file():
             raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
-    args.device = torch.device(args.device)
-    on_gpu = args.device.type == "cuda"
-    args.dtype = common.DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
+    check_tensor_arguments(args)
     if args.baselines is None:
+        on_gpu = args.device.type == "cuda"
         args.baselines = ["sdpa_cudnn", "sdpa_flash"] if on_gpu and args.dtype != torch.float32 else ["sdpa"]
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from eval.operator_speed import stage_runs
-from eval.oracle import BlockMasses, block_masses, index_from_masses, row_masses
+from eval.oracle import BlockMasses, block_masses, index_from_masses
 from eval.probe import AttentionInput
 from eval.selection_points import Point
 from hf_flashprefill import BlockIndex
+from hf_flashprefill.attention_mass import exact_shares, kept_shares
 from hf_flashprefill.crossover.measure import median_ms
-from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
+from hf_flashprefill.functional import resolve_backend, select_in_rounds, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
 # Of each stage on each layer; the medians that are shown are over all layers and prompts.
@@ -55,17 +56,16 @@ class LayerObserver:
         if (getattr(module, "sliding_window", None) or query.shape[2]) < query.shape[2]:
             # Its window decides there, no selector.
             return
-        rows = self._rows.to(query.device)
+        rows = self._rows.to(query.device)[None]
         sizes = {point.config.block_size for point in self._points}
         geometries = {size: PrefillGeometry(1, query.shape[2], key.shape[2], 0, size) for size in sizes}
-        masses = {size: row_masses(query, key, rows, size, scale) for size in sizes}
+        shares = {size: exact_shares(query, key, geometries[size], rows, scale=scale) for size in sizes}
         asked = {point.config.block_size for point in self._points if point.oracle}
         true_masses = {size: block_masses(query, key, geometries[size], scale) for size in asked}
         for point, results in zip(self._points, self.measurements, strict=True):
             size = point.config.block_size
             index = point_index(point, tensors, geometries[size], scale, true_masses.get(size))
-            kept = index.to_mask()[0, :, rows // size]
-            results.kept_mass[layer] = (masses[size] * kept).sum(-1).mean().item()
+            results.kept_mass[layer] = kept_shares(shares[size], rows, index).mean().item()
             if self._take_times and point.oracle is None:
                 self._time(results, layer, point, tensors, index, scale)
 
@@ -87,14 +87,11 @@ def point_index(
     point: Point, tensors: AttentionInput, geometry: PrefillGeometry, scale: float, true_masses: BlockMasses | None
 ) -> BlockIndex:
     """The blocks that a point keeps of a whole prompt; an oracle needs the true masses."""
-    rule = selection_rule(point.config)
     if point.oracle:
+        rule = selection_rule(point.config)
         names = ("alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")
         return index_from_masses(true_masses.of(point.oracle), geometry, **{name: rule[name] for name in names})
-    backend = selecting_backend(point.config.selector, resolve_backend(point.config.backend, tensors.query))
-    pooled = backend.pool_keys(tensors.key, geometry, rule["pool_size"])
-    blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
-    return backend.select_blocks(tensors.query, pooled, geometry, scale=scale, **blocks, **rule)
+    return BlockIndex.concatenate(list(select_in_rounds(tensors.query, tensors.key, geometry, point.config, scale)))
 
 
 def sampled_rows(length: int, count: int, seed: int) -> torch.Tensor:

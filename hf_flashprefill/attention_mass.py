@@ -33,7 +33,7 @@ def spread_positions(geometry: PrefillGeometry, rows: int, device: torch.device)
     return span.query_begin[:, None] + (length * steps >> 20)
 
 
-def block_shares(
+def exact_shares(
     query: torch.Tensor,
     key: torch.Tensor,
     geometry: PrefillGeometry,
@@ -79,7 +79,7 @@ def block_shares(
 
 
 def kept_shares(shares: torch.Tensor, positions: torch.Tensor, index: BlockIndex) -> torch.Tensor:
-    """The part of ``block_shares`` on kept blocks, [B, Hq, R]; 0 for queries of blocks that ``index`` does not cover."""
+    """The part of ``exact_shares`` on kept blocks, [B, Hq, R]; 0 for queries of blocks that ``index`` does not cover."""
     block_size = index.geometry.block_size
     first = index.geometry.spans(positions.device).query_begin // block_size + index.first_query_block
     tile = torch.div(positions, block_size, rounding_mode="floor") - first[:, None]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_mass import block_shares, kept_shares, spread_positions
+from .attention_mass import exact_shares, kept_shares, spread_positions
 from .block_index import BlockIndex
 from .config import FlashPrefillConfig
 
@@ -37,7 +37,7 @@ class RowAudit:
         if self._shares is None:
             geometry, device = index.geometry, index.counts.device
             self._positions = spread_positions(geometry, self._rows, device)
-            self._shares = block_shares(*self._inputs, geometry, self._positions, **self._options)
+            self._shares = exact_shares(*self._inputs, geometry, self._positions, **self._options)
             span = geometry.spans(device)
             self._valid = span.query_end > span.query_begin
             self._kept = torch.zeros_like(self._shares[..., 0])

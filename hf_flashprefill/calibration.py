@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .attention import dense_attention, dense_reason
-from .attention_mass import block_shares, kept_shares, spread_positions
+from .attention_mass import exact_shares, kept_shares, spread_positions
 from .config import FlashPrefillConfig
 from .functional import select_in_rounds
 from .geometry import PrefillGeometry
@@ -222,7 +222,7 @@ class _Measurement:
         heads, query_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
         geometry = PrefillGeometry(1, query_len, kv_len, kv_len - query_len, config.block_size)
         positions = spread_positions(geometry, self.rows, query.device)
-        shares = block_shares(query, key, geometry, positions, scale=scale, sinks=sinks)
+        shares = exact_shares(query, key, geometry, positions, scale=scale, sinks=sinks)
         # What a sink takes is not lost: dense attention gives it the same.
         mass = (1 - shares.sum(-1)).expand(len(self.alphas), -1, -1, -1).clone()
         kept = torch.zeros(len(self.alphas), dtype=torch.int64, device=query.device)

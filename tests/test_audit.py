@@ -8,7 +8,7 @@ import torch
 import hf_flashprefill.functional as functional
 from eval.probe import attention_inputs
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reset_prefill_stats
-from hf_flashprefill.attention_mass import block_shares, kept_shares, spread_positions
+from hf_flashprefill.attention_mass import exact_shares, kept_shares, spread_positions
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.functional import select_in_rounds
 from hf_flashprefill.geometry import PrefillGeometry
@@ -93,7 +93,7 @@ def test_stats_report_what_the_layers_dropped():
     for states in attention_inputs(model, ids[0]):
         index = flash_prefill_attention(*states, config=SPARSE, return_index=True).index
         positions = spread_positions(index.geometry, 7, ids.device)
-        shares = block_shares(states.query, states.key, index.geometry, positions, scale=states.query.shape[-1] ** -0.5)
+        shares = exact_shares(states.query, states.key, index.geometry, positions, scale=states.query.shape[-1] ** -0.5)
         expected.append(1 - kept_shares(shares, positions, index))
     once = prefill_stats(model)
     model(ids)

@@ -142,7 +142,7 @@ def test_the_model_is_left_as_it_was(implementation, is_patched_before, monkeypa
     def interrupting(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for stage in ("block_shares", "_with_audit"):
+    for stage in ("exact_shares", "_with_audit"):
         monkeypatch.setattr(calibration, stage, interrupting)
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, [ids, ids], config=config, alphas=[0.1], progress=False)
