@@ -7,7 +7,8 @@ Which blocks are attended is imposed: sink and window blocks, the last query blo
 density asked for, so that every implementation does the same work whatever the tensors hold. The index (pool and select) is
 computed in full on the same tensors at alpha 1 and its lists are then set aside. ``operator`` is all three stages called one
 after the other, which is what a layer waits for; the stages are also timed alone. A correctness gate comes first; if it
-fails, no time is printed. Every figure is the median of its repeats, in one process.
+fails, no time is printed. Every figure is the median of its repeats, in one process, with the launches already in the GPU's
+queue and nothing of the tensors in its cache.
 
 ``--peer NAME=FILE.py`` times another implementation: the file defines ``prepare(query, key, value, index)``, which returns
 a function without arguments that does the work; ``index`` is the imposed BlockIndex.
@@ -34,7 +35,7 @@ from eval import common
 from eval.pictures import draw_operator
 from eval.schema import Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
-from hf_flashprefill.config import SELECTORS, SORTING_SELECTORS
+from hf_flashprefill.config import POOL_SIZES, SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, median_ms
 from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
@@ -150,9 +151,10 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
     index = imposed_index(geometry, args.heads, density, args.device, args.dense_tail_blocks)
 
     def timed(run: Callable[[], object]) -> dict[str, float]:
-        return median_ms(run, args.device, args.seconds)
+        return median_ms(run, args.device, args.seconds, queued=True)
 
-    configs = {selector: FlashPrefillConfig(selector=selector, alpha=1.0) for selector in args.selectors}
+    settings = {"alpha": 1.0, "correction": args.correction, "pool_size": args.pool_size}
+    configs = {selector: FlashPrefillConfig(selector=selector, **settings) for selector in args.selectors}
     runs_of = {selector: stage_runs(backend, tensors, index, config, scale) for selector, config in configs.items()}
     attend = timed(runs_of[args.selectors[0]]["attend"])
     row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, "attend": attend}
@@ -200,6 +202,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows (default: %(default)s)")
     parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full (default: %(default)s)")
     parser.add_argument("--selectors", nargs="+", choices=KERNEL_SELECTORS, default=["share", "flashprefill"])
+    parser.add_argument(
+        "--pool-size", type=int, default=8, choices=POOL_SIZES, help="of the finer probes (default: %(default)s)"
+    )
+    parser.add_argument("--correction", action="store_true", help="attend with the means of dropped blocks, too")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
     add_tensor_arguments(parser)
@@ -257,7 +263,7 @@ def main(argv: list[str]) -> int:
     named = ("lengths", "densities", "head_dims", "batches", "heads", "kv_heads", "dense_tail_blocks", "selectors", "seconds")
     dtype = str(args.dtype).removeprefix("torch.")
     model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": backend.__name__}
-    config = FlashPrefillConfig(alpha=1.0).to_dict()
+    config = FlashPrefillConfig(alpha=1.0, correction=args.correction, pool_size=args.pool_size).to_dict()
     arguments = {name: getattr(args, name) for name in named}
     Result("operator_speed", environment, model, config, arguments, summary=[], rows=rows).write(path)
     print(table(rows, args.selectors))

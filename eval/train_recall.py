@@ -311,7 +311,8 @@ really retrieves. Do not use it for anything else.
 
 ## Made by
 `python -m eval.train_recall {shlex.join(arguments)}` on {record["device"]}: {log[-1]["step"]} of
-{sum(stage["steps"] for stage in record["settings"]["stages"])} steps in {log[-1]["seconds"] / 60:.1f} minutes, torch {torch.__version__}, Python {sys.version.split()[0]}.
+{sum(stage["steps"] for stage in record["settings"]["stages"])} steps in {log[-1]["seconds"] / 60:.1f} minutes,
+torch {torch.__version__}, Python {sys.version.split()[0]}.
 
 ## Data
 The Python standard library's source (PSF licence), read from the interpreter that ran the training, without its test

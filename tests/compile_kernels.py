@@ -61,12 +61,12 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     terms = {"attend": (), "attend window sinks": ("WINDOW", "SINKS"), "attend means": ("MEANS",)}
     for name, given in terms.items():
         flags = {f"HAS_{term}": term in given for term in ("WINDOW", "SINKS", "MEANS")}
-        means = (key, key, counts.to(torch.int8)) if "MEANS" in given else (None, None, None)
+        means = (key, key, counts) if "MEANS" in given else (None, None, None)
         yield (
             name,
             attend._attend_kernel.warmup(
                 query, key, key, *(described or (None, None)), query, None, number, counts,
-                scores if "SINKS" in given else None, *means, 0.1, *lengths, 4, 4, 300, 4, *strides, *key.stride()[:3],
+                scores if "SINKS" in given else None, *means, 0.1, *lengths, 4, 4, 300, 4, 4, *strides, *key.stride()[:3],
                 *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
                 HAS_DESCRIPTORS=described is not None, **flags, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
                 enable_fp_fusion=True,
@@ -110,14 +110,27 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     if capability == 90:
         tiles = tuning.hopper_tiles(head_dim)
         descriptors = [attend_hopper._descriptor(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
-        yield (
-            "attend_hopper",
-            attend_hopper._attend_hopper_kernel.warmup(
-                *descriptors, query, None, number, counts, 0.1, *lengths, 4, 4, 2, 4, HEADS, *strides, GROUP=group,
-                STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages, DIRECT_STORE=tiles.direct_store,
-                HAS_RANGES=False, num_warps=4, enable_fp_fusion=True, grid=(1,),
-            ),
-        )  # fmt: skip
+        for name, means in (("attend_hopper", [None, None]), ("attend_hopper means", descriptors[1:])):
+            yield (
+                name,
+                attend_hopper._attend_hopper_kernel.warmup(
+                    *descriptors, *means, query, None, number, counts, counts, 0.1, *lengths, 4, 4, 4, 2, 4,
+                    HEADS, *strides, GROUP=group, STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages,
+                    DIRECT_STORE=tiles.direct_store, HAS_RANGES=False, HAS_MEANS=means[0] is not None, num_warps=4,
+                    enable_fp_fusion=True, grid=(1,),
+                ),
+            )  # fmt: skip
+
+
+def _spills_in_loops(listing: str) -> int:
+    """Loads and stores of spilled registers in the innermost loops of a disassembly that multiply matrices."""
+    lines = listing.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line))}
+    jumps = [(labels.get(m[1], i), i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*`\((\.L_x_\d+)\)", line))]
+    loops = [(first, last) for first, last in jumps if first < last]
+    bodies = [lines[a:b] for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
+    matrix = [body for body in bodies if any("HGMMA" in line or "HMMA" in line for line in body)]
+    return sum(bool(re.search(r"\b(STL|LDL)\b", line)) for body in matrix for line in body)
 
 
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
@@ -130,7 +143,12 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
     said = answer.stdout + answer.stderr
     if answer.returncode:
         raise RuntimeError(f"ptxas failed: {said}")
+        disassembler = Path(get_ptxas(capability).path).with_name("nvdisasm")
+        listing = subprocess.run(
+            [disassembler, "-c", str(source) + ".cubin"], capture_output=True, text=True, check=True
+        ).stdout
     return {
+        "spilled_in_loops": _spills_in_loops(listing),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),

@@ -176,7 +176,7 @@ def test_the_first_prompt_after_warmup_compiles_nothing(monkeypatch, tmp_path):
 
     monkeypatch.setattr(JITFunction, "_do_compile", spy)
     # Heads that no other test has.
-    model = tiny_model(head_dim=128, num_attention_heads=12, num_key_value_heads=2).to("cuda", torch.bfloat16)
+    model = tiny_model(head_dim=128, num_attention_heads=16, num_key_value_heads=2).to("cuda", torch.bfloat16)
     patch_model(model, min_seq_len=300)
     warmup(model)
     assert len(set(compiled)) >= 3

@@ -20,10 +20,12 @@ def test_kernels_compile_clean(capability):
     assert answer.returncode == 0, answer.stderr
     verdicts = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
     expected = {"attend", "attend window sinks", "attend means", "energies", "gather", "shares"}
-    expected |= {"attend_hopper"} if capability == 90 else set()
+    expected |= {"attend_hopper", "attend_hopper means"} if capability == 90 else set()
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
     for verdict in verdicts:
-        assert verdict["spilled"] == 0, verdict
+        # With means, 4 to 264 bytes wait in memory from one head's end to the next one's begin; no loop knows of them.
+        assert verdict["spilled"] <= (300 if verdict["kernel"] == "attend_hopper means" else 0), verdict
+        assert verdict["spilled_in_loops"] == 0, verdict
         assert verdict["warnings"] == [], verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
         assert verdict["shared_memory"] <= (232448 if capability == 90 else 101376), verdict

@@ -36,6 +36,8 @@ MARGIN = 0.95
 # Seconds to spend on each figure, beyond the fewest runs that make a median.
 SECONDS = 0.05
 FEWEST_RUNS = 5
+# More than any cache holds; clearing them six times takes an H200 half a millisecond, and the launches of the operator less.
+QUEUE_BYTES = 256 << 20
 
 # Milliseconds of dense and of sparse attention at a length.
 TimeLength = Callable[[int], tuple[float, float]]
@@ -167,12 +169,17 @@ def imposed_index(
     return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
 
 
-def median_ms(run: Callable[[], object], device: torch.device, seconds: float, least: int = FEWEST_RUNS) -> dict[str, float]:
+def median_ms(
+    run: Callable[[], object], device: torch.device, seconds: float, least: int = FEWEST_RUNS, queued: bool = False
+) -> dict[str, float]:
     """Median and quartiles of ``run`` in milliseconds, after one unmeasured run; by the GPU's clock where there is one.
 
-    It runs for ``seconds`` and at least ``least`` times, two or more.
+    It runs for ``seconds`` and at least ``least`` times, two or more. ``queued``: the GPU is kept busy with clearing memory
+    until all of ``run`` is in its queue, as it is in a model, whose host runs ahead; what counts is the GPU's own time, with
+    nothing of the tensors in its cache. Otherwise an idle GPU waits for every launch.
     """
     run()
+    cleared = torch.empty(QUEUE_BYTES, dtype=torch.int8, device=device) if queued and device.type == "cuda" else None
     times: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -180,6 +187,8 @@ def median_ms(run: Callable[[], object], device: torch.device, seconds: float, l
     while len(times) < least or (time.perf_counter() < until and len(times) < 200):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(0 if cleared is None else 6):
+                cleared.zero_()
             begin.record()
             run()
             end.record()

@@ -76,12 +76,13 @@ def attend_blocks(
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 
-    The further terms of the softmax are those of ``attend.attend_blocks``; the Hopper kernel has none of them.
+    The further terms of the softmax are those of ``attend.attend_blocks``; of them the Hopper kernel has the means alone.
     """
-    terms = {"sliding_window": sliding_window, "sinks": sinks, "means": means}
-    is_plain = all(term is None for term in terms.values())
     on_hopper = query.is_cuda and compute_capability(query)[0] == 9 and attend_hopper is not None
+    is_plain = sliding_window is None and sinks is None
     if is_plain and on_hopper and attend_hopper.fits(query, key, value, index.geometry.block_size):
-        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output)
+        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, means=means)
     else:
-        attend.attend_blocks(query, key, value, index, scale=scale, output=output, **terms)
+        attend.attend_blocks(
+            query, key, value, index, scale=scale, output=output, sliding_window=sliding_window, sinks=sinks, means=means
+        )

@@ -18,19 +18,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
+from .marks import mark_kept
 from .primitives import compute_capability, copy_engine_takes, launch_context, row_span
 from .tuning import AttendTiles, attend_tiles
-
-
-@triton.jit(do_not_specialize=["width", "key_blocks"])
-def _mark_listed_kernel(indices_ptr, counts_ptr, marks_ptr, width, key_blocks, BLOCK_LIST: tl.constexpr):
-    """One program: 1 at each listed block of one list."""
-    list_row = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts_ptr + list_row)
-    for first in range(0, count, BLOCK_LIST):
-        place = first + tl.arange(0, BLOCK_LIST)
-        blocks = tl.load(indices_ptr + list_row * width + place, mask=place < count, other=0)
-        tl.store(marks_ptr + list_row * key_blocks + blocks, 1, mask=place < count)
 
 
 @triton.jit
@@ -52,6 +42,7 @@ def _online_softmax(logits, running_max, running_sum, accumulator):
         "width",
         "sliding_window",
         "key_blocks",
+        "mark_words",
     ]
 )
 def _attend_kernel(
@@ -77,6 +68,7 @@ def _attend_kernel(
     width,
     sliding_window,
     key_blocks,
+    mark_words,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs: tl.int64,
@@ -207,7 +199,8 @@ def _attend_kernel(
             for first_block in range(0, own, BLOCK_N):
                 blocks = first_block + columns
                 is_mean = blocks < own
-                is_dropped = is_mean & (tl.load(marks_ptr + list_row * key_blocks + blocks, mask=is_mean, other=1) == 0)
+                words = tl.load(marks_ptr + list_row * mark_words + blocks // 32, mask=is_mean, other=-1)
+                is_dropped = (words >> blocks % 32 & 1) == 0
                 mean_tile = (mean_rows + blocks)[:, None] * HEAD_DIM + channels[None, :]
                 is_value = is_mean[:, None] & in_head[None, :]
                 keys = tl.load(key_means_ptr + mean_tile, mask=is_value, other=0.0)
@@ -241,15 +234,6 @@ def _descriptors(key: torch.Tensor, value: torch.Tensor, block_d: int, tiles: At
     return tuple(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block) for tensor in (key, value))
 
 
-def _marks(index: BlockIndex) -> torch.Tensor:
-    """int8 [B, Hq, T, N], 1 at listed blocks."""
-    marks = torch.zeros(*index.counts.shape, index.geometry.key_blocks, dtype=torch.int8, device=index.counts.device)
-    _mark_listed_kernel[(index.counts.numel(),)](
-        index.indices, index.counts, marks, index.indices.shape[-1], index.geometry.key_blocks, BLOCK_LIST=128
-    )
-    return marks
-
-
 def attend_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -273,6 +257,7 @@ def attend_blocks(
     block_d = triton.next_power_of_2(head_dim)
     tiles = attend_tiles(compute_capability(query), block_d, query.dtype, geometry.block_size)
     described = _descriptors(key, value, block_d, tiles)
+    marks = None if means is None else mark_kept(index)
     with launch_context(query):
         _attend_kernel[heads, index.query_blocks * (geometry.block_size // tiles.block_m), batch](
             query,
@@ -285,7 +270,7 @@ def attend_blocks(
             index.counts,
             sinks,
             *(means or (None, None)),
-            None if means is None else _marks(index),
+            marks,
             scale * math.log2(math.e),
             geometry.kv_len,
             query_len,
@@ -295,6 +280,7 @@ def attend_blocks(
             index.indices.shape[-1],
             sliding_window or 0,
             geometry.key_blocks,
+            0 if marks is None else marks.shape[-1],
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],

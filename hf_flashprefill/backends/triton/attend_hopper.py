@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
+from .marks import mark_kept
 from .primitives import copy_engine_takes, launch_context
 from .tuning import hopper_tiles
 
@@ -53,10 +54,13 @@ def _row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: gl
 
 
 @gluon.jit
-def _softmax_step(logits, running_max, running_sum, scale_log2):
-    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by."""
-    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
-    weights = gl.exp2(logits * scale_log2 - new_max[:, None])
+def _softmax_step(logits, running_max, running_sum, scale_log2, LOG2_KEYS: gl.constexpr):
+    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by.
+
+    Each logit stands for 2**LOG2_KEYS keys.
+    """
+    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2 + LOG2_KEYS)
+    weights = gl.exp2(logits * scale_log2 - (new_max - LOG2_KEYS)[:, None])
     rescale = gl.exp2(running_max - new_max)
     return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
 
@@ -87,7 +91,19 @@ def _causal(logits, own_row, first_key, layout: gl.constexpr):
 
 
 @gluon.jit
-def _issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_RANGES: gl.constexpr, pred):
+def _of_dropped(logits, marks_ptr, layout: gl.constexpr):
+    """Logits of block means without those of marked blocks; the pointer's first bit is the first mean's."""
+    BLOCKS: gl.constexpr = logits.shape[1]
+    block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, layout))
+    # One load a word: with a load for each column's byte the kernel spilled.
+    word = gl.load(marks_ptr)
+    for i in gl.static_range(1, BLOCKS // 32):
+        word = gl.where(block < 32 * i, word, gl.load(marks_ptr + i))
+    return gl.where(((word >> (block % 32)) & 1 == 0)[None, :], logits, float("-inf"))
+
+
+@gluon.jit
+def _issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr, pred):
     """Start query x keys of step ``now`` and weights x values of the step before it; both run while this returns."""
     _, key_tiles, value_tiles = buffers
     _, _, key_full, _, value_full, _ = barriers
@@ -101,7 +117,7 @@ def _issue_products(query, weights, result, zeros, buffers, barriers, now, unuse
     stage = (now - 1) % STAGES
     mbarrier.wait(value_full.index(stage), ((now - 1) // STAGES) & 1)
     value = value_tiles.index(stage).reshape([STEP, HEAD_DIM])
-    if HAS_RANGES:  # noqa: SIM102  (the outer one is decided at compile time)
+    if HAS_UNUSED:  # noqa: SIM102  (the outer one is decided at compile time)
         if unused_from < STEP:
             _zero_rows_from(value, unused_from)
     result = warpgroup_mma(weights, value, result, is_async=True)
@@ -120,27 +136,36 @@ def _step(
     barriers,
     now,
     is_last,
-    own_row,
-    first_key,
+    first,
+    limit,
     unused_from,
     scale_log2,
-    MASKED: gl.constexpr,
-    HAS_RANGES: gl.constexpr,
+    marks_ptr,
+    KIND: gl.constexpr,
+    HAS_UNUSED: gl.constexpr,
 ):
-    """One step of one head: the exponentials of this step run while the step before is multiplied with its values."""
+    """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
+
+    KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
+    ``limit``-th, sees that many and one more. "listed": seen by all. "means": those of the blocks from ``first`` on that are
+    not marked.
+    """
     _, _, key_full, key_empty, _, value_empty = barriers
     STAGES: gl.constexpr = buffers[1].shape[0]
     logits_layout: gl.constexpr = zeros.type.layout
     weights_layout: gl.constexpr = weights.type.layout
     result_layout: gl.constexpr = result.type.layout
     logits_in_work, result_in_work = _issue_products(
-        query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_RANGES, True
+        query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED, True
     )
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
-    if MASKED:
-        logits = _causal(logits, own_row, first_key, logits_layout)
-    next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2)
+    if KIND == "own":
+        logits = _causal(logits, limit, first, logits_layout)
+    if KIND == "means":
+        logits = _of_dropped(logits, marks_ptr + first // 32, logits_layout)
+    LOG2_KEYS: gl.constexpr = 7 if KIND == "means" else 0
+    next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2, LOG2_KEYS)
     next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
     # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
     mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
@@ -162,6 +187,7 @@ def _compute(
     scale_log2,
     DIRECT_STORE: gl.constexpr,
     HAS_RANGES: gl.constexpr,
+    HAS_MEANS: gl.constexpr,
 ):
     """One of the two computing warpgroups: its 64 queries of the query block, head after head.
 
@@ -170,15 +196,16 @@ def _compute(
     """
     query_tiles, key_tiles, _ = buffers
     query_full, query_empty, key_full, key_empty, _, value_empty = barriers
-    output_ptr, counts_ptr, _ = pointers
+    output_ptr, counts_ptr, _, marks_ptr = pointers
     stride_h, stride_s = strides
     first_row, own, query_begin, query_end, key_end = place
-    head_count, list_stride, _ = work
+    head_count, list_stride, _, mean_steps, marks_stride = work
     STAGES: gl.constexpr = key_tiles.shape[0]
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
     HEAD_DIM: gl.constexpr = key_tiles.shape[4]
     PARTS: gl.constexpr = BLOCK // STEP
+    HAS_UNUSED: gl.constexpr = HAS_RANGES or HAS_MEANS
     dtype: gl.constexpr = query_tiles.dtype
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -203,27 +230,38 @@ def _compute(
         logits = warpgroup_mma_wait(0, deps=[logits])
         mbarrier.arrive(key_empty.index(0), count=1)
         logits = _causal(logits, own_row, 0, logits_layout)
-        weights, running_max, running_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
+        weights, running_max, running_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2, 0)
         weights = gl.convert_layout(weights.to(dtype), weights_layout)
         result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
 
         done = 0
         for turn in range(head_count):
-            steps = gl.load(counts_ptr + turn * list_stride) * PARTS
+            listed_steps = gl.load(counts_ptr + turn * list_stride) * PARTS
+            steps = listed_steps + mean_steps
+            marks = marks_ptr
             buffer = turn % QUERY_STAGES * 2 + warpgroup
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
             # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
             for step in range(1, PARTS):
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    own_row, step * STEP, keys_left - (step - 1) * STEP, scale_log2, True, HAS_RANGES,
+                    step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, marks, "own", HAS_UNUSED,
                 )  # fmt: skip
-            for step in range(PARTS, steps):
+            for step in range(PARTS, listed_steps):
                 unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    own_row, 0, unused_from, scale_log2, False, HAS_RANGES,
+                    0, 0, unused_from, scale_log2, marks, "listed", HAS_UNUSED,
                 )  # fmt: skip
+            if HAS_MEANS:
+                marks += turn * marks_stride
+                for step in range(listed_steps, steps):
+                    unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
+                    weights, result, running_max, running_sum = _step(
+                        query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
+                        step + 1 == steps, (step - listed_steps) * STEP, 0, unused_from, scale_log2, marks, "means",
+                        HAS_UNUSED,
+                    )  # fmt: skip
             mbarrier.arrive(query_empty.index(buffer), count=1)
             done += steps
 
@@ -234,13 +272,16 @@ def _compute(
             mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
             unused_from = gl.where(steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
+            if HAS_MEANS:
+                # The own block's mean and later ones are not even multiplied with weights of zero.
+                unused_from = gl.where(mean_steps > 0, own - (mean_steps - 1) * STEP, unused_from)
             logits_in_work, result_in_work = _issue_products(
-                query, weights, result, zeros, buffers, barriers, done, unused_from, HAS_RANGES, is_more
+                query, weights, result, zeros, buffers, barriers, done, unused_from, HAS_UNUSED, is_more
             )
             logits = warpgroup_mma_wait(1, deps=[logits_in_work])
             mbarrier.arrive(key_empty.index(done % STAGES), count=1, pred=is_more)
             logits = _causal(logits, own_row, 0, logits_layout)
-            next_weights, next_max, next_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
+            next_weights, next_max, next_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2, 0)
             next_weights = gl.convert_layout(next_weights.to(dtype), weights_layout)
             mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
             result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
@@ -257,25 +298,59 @@ def _compute(
 
 
 @gluon.jit
-def _compute_upper(buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT: gl.constexpr, RANGES: gl.constexpr):
-    _compute(0, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES)
+def _compute_upper(
+    buffers, barriers, pointers, strides, place, work, scale_log2,
+    DIRECT: gl.constexpr, RANGES: gl.constexpr, MEANS: gl.constexpr,
+):  # fmt: skip
+    _compute(0, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES, MEANS)
 
 
 @gluon.jit
-def _compute_lower(buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT: gl.constexpr, RANGES: gl.constexpr):
-    _compute(1, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES)
+def _compute_lower(
+    buffers, barriers, pointers, strides, place, work, scale_log2,
+    DIRECT: gl.constexpr, RANGES: gl.constexpr, MEANS: gl.constexpr,
+):  # fmt: skip
+    _compute(1, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES, MEANS)
 
 
 @gluon.jit
-def _load(buffers, barriers, descriptors, pointers, place, work, batch, start, first_head, GROUP: gl.constexpr):
-    """The loading warp: queries of each head, then the listed keys and values in the order they are computed with."""
-    query_tiles, key_tiles, value_tiles = buffers
-    query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
-    query_desc, key_desc, value_desc = descriptors
-    _, counts_ptr, indices_ptr = pointers
-    first_row, own, _, _, _ = place
-    head_count, list_stride, width = work
+def _load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
+    """Fetch keys and values of step ``now`` as soon as their buffers are free."""
+    _, key_tiles, value_tiles = buffers
+    _, _, key_full, key_empty, value_full, value_empty = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
+    stage = now % STAGES
+    phase = ((now // STAGES) & 1) ^ 1
+    mbarrier.wait(key_empty.index(stage), phase)
+    mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
+    copy_to_shared(key_desc, coordinates, key_full.index(stage), key_tiles.index(stage))
+    mbarrier.wait(value_empty.index(stage), phase)
+    mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
+    copy_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
+
+
+@gluon.jit
+def _load(
+    buffers,
+    barriers,
+    descriptors,
+    pointers,
+    place,
+    work,
+    batch,
+    start,
+    first_head,
+    GROUP: gl.constexpr,
+    HAS_MEANS: gl.constexpr,
+):
+    """The loading warp: queries of each head, then the listed keys and values in the order they are computed with, then the
+    means."""
+    query_tiles, key_tiles, _ = buffers
+    query_full, query_empty, _, _, _, _ = barriers
+    query_desc, key_desc, value_desc, key_means_desc, value_means_desc = descriptors
+    _, counts_ptr, indices_ptr, _ = pointers
+    first_row, own, _, _, _ = place
+    head_count, list_stride, width, mean_steps, _ = work
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
     PARTS: gl.constexpr = BLOCK // STEP
@@ -294,15 +369,13 @@ def _load(buffers, barriers, descriptors, pointers, place, work, batch, start, f
             # The list ends with the block's own number, which is computed first.
             block = gl.load(listed + step // PARTS - 1, mask=step >= PARTS, other=own)
             coordinates = [batch, head // GROUP, start + block * BLOCK + step % PARTS * STEP, 0]
-            stage = (done + step) % STAGES
-            phase = (((done + step) // STAGES) & 1) ^ 1
-            mbarrier.wait(key_empty.index(stage), phase)
-            mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
-            copy_to_shared(key_desc, coordinates, key_full.index(stage), key_tiles.index(stage))
-            mbarrier.wait(value_empty.index(stage), phase)
-            mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-            copy_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
+            _load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
         done += steps
+        if HAS_MEANS:
+            for step in range(mean_steps):
+                coordinates = [batch, head // GROUP, step * STEP, 0]
+                _load_step(key_means_desc, value_means_desc, coordinates, buffers, barriers, done + step)
+            done += mean_steps
 
 
 @gluon.jit
@@ -314,16 +387,29 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["kv_len", "query_len", "query_offset", "first_query_block", "tiles", "width", "head_count", "long_tiles"]
+    do_not_specialize=[
+        "kv_len",
+        "query_len",
+        "query_offset",
+        "first_query_block",
+        "tiles",
+        "width",
+        "mark_words",
+        "head_count",
+        "long_tiles",
+    ]
 )
 def _attend_hopper_kernel(
     query_desc,
     key_desc,
     value_desc,
+    key_means_desc,
+    value_means_desc,
     output_ptr,
     ranges_ptr,
     indices_ptr,
     counts_ptr,
+    marks_ptr,
     scale_log2,
     kv_len,
     query_len,
@@ -331,6 +417,7 @@ def _attend_hopper_kernel(
     first_query_block,
     tiles,
     width,
+    mark_words,
     head_count,
     long_tiles,
     heads,
@@ -343,6 +430,7 @@ def _attend_hopper_kernel(
     QUERY_STAGES: gl.constexpr,
     DIRECT_STORE: gl.constexpr,
     HAS_RANGES: gl.constexpr,
+    HAS_MEANS: gl.constexpr,
 ):
     """One program: one query block of ``head_count`` neighbouring heads against their lists."""
     HEAD_DIM: gl.constexpr = key_desc.block_type.shape[3]
@@ -380,16 +468,28 @@ def _attend_hopper_kernel(
     fence_async_shared()
 
     output_ptr += batch * stride_ob + first_head * stride_oh
-    pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width)
+    mean_steps = own * 0
+    marks_stride = list_row * 0
+    if HAS_MEANS:
+        mean_steps = gl.cdiv(own, STEP)
+        marks_stride = tiles * mark_words.to(gl.int64)
+        marks_ptr += list_row * mark_words
+    pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width, marks_ptr)
     strides = (stride_oh, stride_os)
     place = (first_row, own, query_begin, query_end, key_end)
-    work = (gl.where(is_empty, 0, head_count), tiles.to(gl.int64), width.to(gl.int64))
-    descriptors = (query_desc, key_desc, value_desc)
+    work = (gl.where(is_empty, 0, head_count), tiles.to(gl.int64), width.to(gl.int64), mean_steps, marks_stride)
+    descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc)
     gl.warp_specialize(
         [
-            (_compute_upper, (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES)),
-            (_compute_lower, (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES)),
-            (_load, (buffers, barriers, descriptors, pointers, place, work, batch, start, first_head, GROUP)),
+            (
+                _compute_upper,
+                (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES, HAS_MEANS),
+            ),
+            (
+                _compute_lower,
+                (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES, HAS_MEANS),
+            ),
+            (_load, (buffers, barriers, descriptors, pointers, place, work, batch, start, first_head, GROUP, HAS_MEANS)),
         ],
         [4, 1],
         [240, 24],
@@ -419,21 +519,28 @@ def attend_blocks(
     *,
     scale: float,
     output: torch.Tensor,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone."""
+    """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
+
+    ``means``, of keys and of values, come from ``pool_keys`` with whole blocks; dropped blocks take part through them.
+    """
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
     head_count = tiles.heads_per_program if heads % tiles.heads_per_program == 0 else 1
+    marks = None if means is None else mark_kept(index)
     with launch_context(query):
         _attend_hopper_kernel[index.query_blocks * heads // head_count * batch,](
             _descriptor(query, ROWS.value),
             _descriptor(key, tiles.step),
             _descriptor(value, tiles.step),
+            *([None] * 2 if means is None else [_descriptor(tensor, tiles.step) for tensor in means]),
             output,
             geometry.valid_ranges,
             index.indices,
             index.counts,
+            marks,
             scale * math.log2(math.e),
             geometry.kv_len,
             query_len,
@@ -441,6 +548,7 @@ def attend_blocks(
             index.first_query_block,
             index.query_blocks,
             index.indices.shape[-1],
+            0 if marks is None else marks.shape[-1],
             head_count,
             min(LONG_TILES, index.query_blocks),
             heads,
@@ -451,6 +559,7 @@ def attend_blocks(
             QUERY_STAGES=tiles.query_stages,
             DIRECT_STORE=tiles.direct_store,
             HAS_RANGES=geometry.valid_ranges is not None,
+            HAS_MEANS=means is not None,
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -21,12 +21,15 @@ from .tuning import energy_tiles
 
 
 @triton.jit
-def _log_energy(products, is_query, scale_log2):
-    """log2 of the energies of some means: products [means, queries] -> [means]; -inf if no column is a query."""
-    products = tl.where(is_query[None, :], products, float("-inf"))
-    largest = tl.max(products, 1) * scale_log2
+def _log_energy(products, bias, scale_log2):
+    """log2 of the energies of some means: products [means, queries] -> [means]; -inf if no column is a query.
+
+    ``bias`` is 0 for queries and -inf for other columns: one fused multiply-add, where a mask costs two steps.
+    """
+    logits = products * scale_log2 + bias[None, :]
+    largest = tl.max(logits, 1)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    return largest + tl.log2(tl.sum(tl.exp2(products * scale_log2 - largest[:, None]), 1))
+    return largest + tl.log2(tl.sum(tl.exp2(logits - largest[:, None]), 1))
 
 
 @triton.jit
@@ -114,6 +117,18 @@ def _select_energies_kernel(
         )
         mean_row = (batch * (heads // GROUP) + head // GROUP) * key_blocks
         means_ptr += mean_row.to(tl.int64) * HEAD_DIM
+        # Its own block only the query at that block's last key sees whole.
+        last_key = tl.minimum((own + 1) * BLOCK, key_end) - 1
+        own_mean = tl.load(means_ptr + own * HEAD_DIM + channels, mask=in_head, other=0.0)
+        last_row = tl.minimum(tl.maximum(row_shift + last_key, 0), query_len - 1).to(tl.int64)
+        is_last_query = (last_key >= query_begin) & (last_key < query_end)
+        last_query = tl.load(query_ptr + last_row * stride_qs + channels, mask=in_head, other=0.0)
+        own_energy = tl.sum(own_mean.to(tl.float32) * last_query.to(tl.float32), 0) * scale_log2
+        own_energy = tl.where(is_last_query, own_energy, float("-inf"))
+        tl.store(energies_ptr + own, own_energy)
+
+        lower_bias = tl.where(is_lower, 0.0, float("-inf"))
+        upper_bias = tl.where(is_upper, 0.0, float("-inf"))
         # One running maximum per row of the step: reducing to a single number in every step costs two barriers each.
         best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         # Every query of the block sees the blocks before its own whole.
@@ -128,32 +143,24 @@ def _select_energies_kernel(
                     other=0.0,
                 )
             lower_products = tl.dot(means, lower_queries, input_precision="ieee")
-            lower_energies = _log_energy(lower_products, is_lower, scale_log2)
+            lower_energies = _log_energy(lower_products, lower_bias, scale_log2)
             upper_products = tl.dot(means, upper_queries, input_precision="ieee")
-            energies = _log_add(lower_energies, _log_energy(upper_products, is_upper, scale_log2))
+            energies = _log_add(lower_energies, _log_energy(upper_products, upper_bias, scale_log2))
             best = tl.maximum(best, tl.where(blocks < own, energies, float("-inf")))
             tl.store(energies_ptr + blocks, energies, mask=blocks < own)
 
-        # Its own block only the query at that block's last key sees whole.
-        last_key = tl.minimum((own + 1) * BLOCK, key_end) - 1
-        own_mean = tl.load(means_ptr + own * HEAD_DIM + channels, mask=in_head, other=0.0)
-        last_row = tl.minimum(tl.maximum(row_shift + last_key, 0), query_len - 1).to(tl.int64)
-        is_last_query = (last_key >= query_begin) & (last_key < query_end)
-        last_query = tl.load(query_ptr + last_row * stride_qs + channels, mask=in_head, other=0.0)
-        own_energy = tl.sum(own_mean.to(tl.float32) * last_query.to(tl.float32), 0) * scale_log2
-        own_energy = tl.where(is_last_query, own_energy, float("-inf"))
-        tl.store(energies_ptr + own, own_energy)
-
         # Other threads of this program wrote the energies read next.
         tl.debug_barrier()
-        threshold = tl.maximum(tl.max(best, 0), own_energy) + log2_alpha
-        keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
-        count = 0
+        one = tl.zeros((1,), tl.int32)
+        threshold = one + tl.maximum(tl.max(best, 0), own_energy) + log2_alpha
+        keep_all = one + own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
+        count = one
         for first in range(0, own + 1, BLOCK_LIST):
             blocks = first + tl.arange(0, BLOCK_LIST)
-            scores = tl.load(energies_ptr + blocks, mask=blocks <= own, other=float("-inf"))
-            count = append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, indices_ptr, count)
-        tl.store(counts_ptr + list_row, count)
+            scores = tl.load(energies_ptr + blocks, mask=blocks <= own, other=float("-inf"))[None, :]
+            list_ptrs = indices_ptr + one
+            count = append_kept(scores, blocks, threshold, one + own, sink_blocks, window_blocks, keep_all, list_ptrs, count)
+        tl.store(counts_ptr + list_row + one, count)
 
 
 def select_energies(
@@ -208,7 +215,7 @@ def select_energies(
             BLOCK_D=block_d,
             BLOCK=geometry.block_size,
             BLOCK_N=tiles.block_n,
-            BLOCK_LIST=256,
+            BLOCK_LIST=512,
             HAS_RANGES=geometry.valid_ranges is not None,
             HAS_DESCRIPTORS=described is not None,
             num_warps=tiles.num_warps,

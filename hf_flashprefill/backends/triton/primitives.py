@@ -25,13 +25,18 @@ def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: tl.
 
 
 @triton.jit
-def append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptr, count):
-    """Append to a list of ``count`` entries those blocks, up to ``own``, that are kept by score (NaN is) or in any case."""
-    kept = ~(scores < threshold) | (blocks < sink_blocks) | (own - blocks < window_blocks) | keep_all
-    kept = (kept & (blocks <= own)).to(tl.int32)
-    place = count + tl.cumsum(kept, 0) - 1
-    tl.store(list_ptr + place, blocks, mask=kept != 0)
-    return count + tl.sum(kept, 0)
+def append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptrs, count):
+    """Append to several lists those blocks that are kept by score (NaN is) or in any case; returns the new counts.
+
+    ``scores`` are [lists, blocks] and ``blocks`` the blocks' numbers; all else is per list, [lists]. ``own`` is the list's
+    own block, after which it keeps none: with -1 it keeps nothing. ``count`` entries are in the list already.
+    """
+    distance = own[:, None] - blocks[None, :]
+    kept = ~(scores < threshold[:, None]) | (blocks < sink_blocks)[None, :] | (distance < window_blocks) | keep_all[:, None]
+    kept = (kept & (distance >= 0)).to(tl.int32)
+    place = count[:, None] + tl.cumsum(kept, 1) - 1
+    tl.store(list_ptrs[:, None] + place, tl.broadcast_to(blocks[None, :], kept.shape), mask=kept != 0)
+    return count + tl.sum(kept, 1)
 
 
 def launch_context(tensor: torch.Tensor):
@@ -42,6 +47,11 @@ def launch_context(tensor: torch.Tensor):
 def compute_capability(tensor: torch.Tensor) -> tuple[int, int]:
     """Of the tensor's GPU; the interpreter plays a Hopper."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Of the tensor's GPU; the interpreter has one."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 def copy_engine_takes(tensor: torch.Tensor) -> bool:

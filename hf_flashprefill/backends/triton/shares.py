@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from .pool import TILE
-from .primitives import append_kept, compute_capability, launch_context, row_span
+from .primitives import append_kept, compute_capability, launch_context, multiprocessors, row_span
 from .tuning import share_tiles
 
 # Float32 scratch for the queries' logits per block, in bytes; query blocks beyond it wait for the next launch.
@@ -40,10 +40,24 @@ def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.co
 
 
 @triton.jit
-def _shares_of(peaks, log_sums):
-    """log2 shares [queries, blocks]; what is NaN counts as the largest, so that attention shows it."""
-    shares = peaks - log_sums[:, None]
-    return tl.where(shares == shares, shares, float("inf"))
+def _largest_shares(peaks_ptr, sums_ptr, blocks, own, width, SLOTS: tl.constexpr):
+    """log2 of the largest share that any query of each list gives each block: [lists, blocks].
+
+    What is NaN counts as the largest, so that attention shows it.
+    """
+    LISTS: tl.constexpr = own.shape[0]
+    # Loads that do not wait for one another: one list after the other took a third of the kernel's time at 64K tokens.
+    AT_ONCE: tl.constexpr = min(SLOTS, 16)
+    first_query = tl.arange(0, LISTS) * SLOTS
+    is_seen = blocks[None, :] <= own[:, None]
+    largest = tl.full((LISTS, blocks.shape[0]), float("-inf"), tl.float32)
+    for first in range(0, SLOTS, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            query = first_query + first + i
+            peaks = tl.load(peaks_ptr + query[:, None] * width + blocks[None, :], mask=is_seen, other=float("-inf"))
+            shares = peaks - tl.load(sums_ptr + query)[:, None]
+            largest = tl.maximum(largest, tl.where(shares == shares, shares, float("inf")))
+    return largest
 
 
 @triton.jit(
@@ -105,7 +119,9 @@ def _select_shares_kernel(
     SLOTS: tl.constexpr = BLOCK // STRIDE
     PER_BLOCK: tl.constexpr = BLOCK // POOL
     TILE_BLOCKS: tl.constexpr = TILE // PER_BLOCK
-    head_set, part, batch = tl.program_id(0), first_part + tl.program_id(1), tl.program_id(2)
+    head_set, batch = tl.program_id(0), tl.program_id(2)
+    # The longest first, or the last to start would run alone.
+    part = first_part + tl.num_programs(1) - 1 - tl.program_id(1)
     heads = tl.num_programs(0) * HEADS
     first_head, first_tile = head_set * HEADS, part * QUERY_BLOCKS
     key_head = first_head // GROUP
@@ -182,32 +198,28 @@ def _select_shares_kernel(
 
     # Other threads of this program wrote what is read next.
     tl.debug_barrier()
-    member = tl.arange(0, SLOTS)
-    for turn in range(QUERY_BLOCKS * HEADS):
-        own = first_own + turn // HEADS
-        own_tile = first_tile + turn // HEADS
-        if own_tile < tiles:
-            list_row = (batch * heads + first_head + turn % HEADS).to(tl.int64) * tiles + own_tile
-            count = own * 0
-            if (own * BLOCK < query_end) & (query_end > query_begin):
-                log_sums = tl.load(sums_ptr + turn * SLOTS + member)
-                peak_rows = peaks_ptr + (turn * SLOTS + member)[:, None] * width
-                threshold = log2_alpha
-                if IS_RELATIVE:
-                    best = tl.full((BLOCK_LIST,), float("-inf"), tl.float32)
-                    for first in range(0, own + 1, BLOCK_LIST):
-                        blocks = first + tl.arange(0, BLOCK_LIST)
-                        peaks = tl.load(peak_rows + blocks[None, :], mask=(blocks <= own)[None, :], other=float("-inf"))
-                        best = tl.maximum(best, tl.max(_shares_of(peaks, log_sums), 0))
-                    threshold = tl.max(best, 0) + log2_alpha
-                list_ptr = indices_ptr + list_row * width
-                keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
-                for first in range(0, own + 1, BLOCK_LIST):
-                    blocks = first + tl.arange(0, BLOCK_LIST)
-                    peaks = tl.load(peak_rows + blocks[None, :], mask=(blocks <= own)[None, :], other=float("-inf"))
-                    scores = tl.max(_shares_of(peaks, log_sums), 0)
-                    count = append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptr, count)
-            tl.store(counts_ptr + list_row, count)
+    # All lists of the program side by side.
+    LISTS: tl.constexpr = ROWS // SLOTS
+    number = tl.arange(0, LISTS)
+    list_tile = first_tile + number // HEADS
+    own = first_own + number // HEADS
+    is_list = (number < QUERY_BLOCKS * HEADS) & (list_tile < tiles)
+    own = tl.where((own * BLOCK < query_end) & (query_end > query_begin) & is_list, own, -1)
+    list_row = (batch * heads + first_head + number % HEADS).to(tl.int64) * tiles + list_tile
+    keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
+    threshold = tl.full((LISTS,), log2_alpha, tl.float32)
+    if IS_RELATIVE:
+        best = tl.full((LISTS, BLOCK_LIST), float("-inf"), tl.float32)
+        for first in range(0, last_own + 1, BLOCK_LIST):
+            best = tl.maximum(best, _largest_shares(peaks_ptr, sums_ptr, first + tl.arange(0, BLOCK_LIST), own, width, SLOTS))
+        threshold += tl.max(best, 1)
+    count = tl.zeros((LISTS,), tl.int32)
+    for first in range(0, last_own + 1, BLOCK_LIST):
+        blocks = first + tl.arange(0, BLOCK_LIST)
+        scores = _largest_shares(peaks_ptr, sums_ptr, blocks, own, width, SLOTS)
+        list_ptrs = indices_ptr + list_row * width
+        count = append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep_all, list_ptrs, count)
+    tl.store(counts_ptr + list_row, count, mask=is_list)
 
 
 def select_shares(
@@ -241,7 +253,11 @@ def select_shares(
     indices = torch.empty(*shape, width, dtype=torch.int32, device=query.device)
     counts = torch.empty(shape, dtype=torch.int32, device=query.device)
     parts, across = -(-query_blocks // parts_of), heads // head_set * batch
-    step = min(parts, max(1, PEAK_BYTES // (4 * across * rows * width)))
+    step = max(1, PEAK_BYTES // (4 * across * rows * width))
+    # Two programs fit on a multiprocessor at a time. A launch of one and a half times as many takes as long as one of twice:
+    # at 256K tokens on an H200 14.0 ms, where launches of nearly four times as many took 11.0.
+    at_once = max(1, 2 * multiprocessors(query) // across)
+    step = min(parts, step // at_once * at_once or step)
     peaks = torch.empty(step * across * rows * width, dtype=torch.float32, device=query.device)
     sums = torch.empty(step * across * rows, dtype=torch.float32, device=query.device)
     described = None
