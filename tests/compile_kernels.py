@@ -140,13 +140,11 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         source.write_text(kernel.asm["ptx"])
         command = [get_ptxas(capability).path, "-v", "--gpu-name", ARCHITECTURES[capability], str(source)]
         answer = subprocess.run([*command, "-o", str(source) + ".cubin"], capture_output=True, text=True)
-    said = answer.stdout + answer.stderr
-    if answer.returncode:
-        raise RuntimeError(f"ptxas failed: {said}")
-        disassembler = Path(get_ptxas(capability).path).with_name("nvdisasm")
-        listing = subprocess.run(
-            [disassembler, "-c", str(source) + ".cubin"], capture_output=True, text=True, check=True
-        ).stdout
+        said = answer.stdout + answer.stderr
+        if answer.returncode:
+            raise RuntimeError(f"ptxas failed: {said}")
+        disassemble = [get_ptxas(capability).path.replace("ptxas-blackwell", "ptxas").removesuffix("ptxas") + "nvdisasm", "-c"]
+        listing = subprocess.run([*disassemble, str(source) + ".cubin"], capture_output=True, text=True, check=True).stdout
     return {
         "spilled_in_loops": _spills_in_loops(listing),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
