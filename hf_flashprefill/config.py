@@ -45,7 +45,7 @@ class FlashPrefillConfig:
         dense_tail_blocks: Query blocks at the end of the prompt that see every block, >= 0. In a prefill in chunks each
             chunk's end counts, because a chunk does not tell whether another follows.
         correction: Whether each dropped block takes part in the softmax through its mean key and mean value, weighted by its
-            tokens (FlashPrefill V2). Has no Hopper kernel yet: attention runs in the portable one.
+            tokens (FlashPrefill V2).
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0; or ``"auto"``: from where sparse
             prefill was faster when ``warmup`` measured it on this machine, else 8192 tokens on Hopper GPUs and on CPUs and
             16384 on other GPUs and for small layers. On one H200 the operator was 0.62 times as fast as cuDNN's dense

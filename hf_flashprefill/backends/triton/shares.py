@@ -21,7 +21,7 @@ from .primitives import append_kept, compute_capability, launch_context, multipr
 from .tuning import share_tiles
 
 # Float32 scratch for the queries' logits per block, in bytes; query blocks beyond it wait for the next launch.
-PEAK_BYTES = 384 << 20
+PEAK_BYTES = 256 << 20
 
 
 @triton.jit
