@@ -95,7 +95,7 @@ def _of_dropped(logits, marks_ptr, layout: gl.constexpr):
     """Logits of block means without those of marked blocks; the pointer's first bit is the first mean's."""
     BLOCKS: gl.constexpr = logits.shape[1]
     block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, layout))
-    # One load a word: with a load for each column's byte the kernel spilled.
+    # A word for 32 blocks: one load serves all of a thread's columns in it.
     word = gl.load(marks_ptr)
     for i in gl.static_range(1, BLOCKS // 32):
         word = gl.where(block < 32 * i, word, gl.load(marks_ptr + i))
