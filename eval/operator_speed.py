@@ -22,6 +22,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,7 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
     def timed(run: Callable[[], object]) -> dict[str, float]:
         return median_ms(run, args.device, args.seconds, queued=True)
 
-    settings = {"alpha": 1.0, "correction": args.correction, "pool_size": args.pool_size}
-    configs = {selector: FlashPrefillConfig(selector=selector, **settings) for selector in args.selectors}
+    configs = {selector: replace(args.config, selector=selector) for selector in args.selectors}
     runs_of = {selector: stage_runs(backend, tensors, index, config, scale) for selector, config in configs.items()}
     attend = timed(runs_of[args.selectors[0]]["attend"])
     row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, "attend": attend}
@@ -203,7 +203,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full (default: %(default)s)")
     parser.add_argument("--selectors", nargs="+", choices=KERNEL_SELECTORS, default=["share", "flashprefill"])
     parser.add_argument(
-        "--pool-size", type=int, default=8, choices=POOL_SIZES, help="of the finer probes (default: %(default)s)"
+        "--pool-size",
+        type=int,
+        default=FlashPrefillConfig().pool_size,
+        choices=POOL_SIZES,
+        help="tokens, of the finer probes (default: %(default)s)",
     )
     parser.add_argument("--correction", action="store_true", help="attend with the means of dropped blocks, too")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
@@ -222,6 +226,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if "=" not in peer or not Path(peer.partition("=")[2]).is_file():
             raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
     check_tensor_arguments(args)
+    args.config = FlashPrefillConfig(alpha=1.0, correction=args.correction, pool_size=args.pool_size)
     if args.baselines is None:
         on_gpu = args.device.type == "cuda"
         args.baselines = ["sdpa_cudnn", "sdpa_flash"] if on_gpu and args.dtype != torch.float32 else ["sdpa"]
@@ -263,9 +268,8 @@ def main(argv: list[str]) -> int:
     named = ("lengths", "densities", "head_dims", "batches", "heads", "kv_heads", "dense_tail_blocks", "selectors", "seconds")
     dtype = str(args.dtype).removeprefix("torch.")
     model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": backend.__name__}
-    config = FlashPrefillConfig(alpha=1.0, correction=args.correction, pool_size=args.pool_size).to_dict()
     arguments = {name: getattr(args, name) for name in named}
-    Result("operator_speed", environment, model, config, arguments, summary=[], rows=rows).write(path)
+    Result("operator_speed", environment, model, args.config.to_dict(), arguments, summary=[], rows=rows).write(path)
     print(table(rows, args.selectors))
     if len({(row["head_dim"], row["batch"]) for row in rows}) == 1:
         picture = path.with_suffix(".png")

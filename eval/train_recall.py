@@ -386,6 +386,8 @@ def _without_output(arguments: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    if args.minutes <= 0:
+        raise common.UsageError(f"--minutes must be above 0, got {args.minutes}")
     torch.manual_seed(args.seed)
     text = standard_library_text("train")
     if args.init:

@@ -142,6 +142,12 @@ def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkey
     more = ["--init", str(tmp_path), "--output", str(tmp_path / "more"), "--packages", "tqdm", "--device", "cpu"]
     assert train_recall.main([*more, "--stages", "128:2", *steps[2:]]) == 0
     assert json.loads((tmp_path / "more" / "training.json").read_text())["log"][0]["text_loss"] < 5.9
+    # Out of time, it keeps what it has; the rest of the stages is left out.
+    assert train_recall.main([*more, "--stages", "128:2,256:2", *steps[2:], "--minutes", "1e-9"]) == 0
+    assert [entry["step"] for entry in json.loads((tmp_path / "more" / "training.json").read_text())["log"]] == [1]
+    assert "1 of\n4 steps" in (tmp_path / "more" / "README.md").read_text()
+    with pytest.raises(common.UsageError, match="--minutes must be above 0"):
+        train_recall.main([*more, "--minutes", "0"])
     assert tokenizer("481923", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(list("481923"))
 
 

@@ -36,7 +36,7 @@ def on_cpu(index: BlockIndex) -> BlockIndex:
 def run(call: Call, backend: str, device: torch.device):
     """The tensors, the scale, the output and the index of a call, which must leave its inputs alone.
 
-    All are returned on the CPU: what they are compared with is made of many small steps, which take a GPU ten times as long.
+    All are returned on the CPU: what they are compared with is made of many small steps, each a launch on a GPU.
     """
     *tensors, ranges = call.tensors(device)
     copies = [tensor.clone() for tensor in tensors]

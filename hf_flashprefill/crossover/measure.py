@@ -36,8 +36,9 @@ MARGIN = 0.95
 # Seconds to spend on each figure, beyond the fewest runs that make a median.
 SECONDS = 0.05
 FEWEST_RUNS = 5
-# More than any cache holds; clearing them six times takes an H200 half a millisecond, and the launches of the operator less.
+# More than any cache holds; at an H200's bandwidth clearing them six times takes about 0.4 ms, in which the host launches.
 QUEUE_BYTES = 256 << 20
+CLEARINGS = 6
 
 # Milliseconds of dense and of sparse attention at a length.
 TimeLength = Callable[[int], tuple[float, float]]
@@ -187,8 +188,9 @@ def median_ms(
     while len(times) < least or (time.perf_counter() < until and len(times) < 200):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(0 if cleared is None else 6):
-                cleared.zero_()
+            if cleared is not None:
+                for _ in range(CLEARINGS):
+                    cleared.zero_()
             begin.record()
             run()
             end.record()

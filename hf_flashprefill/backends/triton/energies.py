@@ -24,7 +24,7 @@ from .tuning import energy_tiles
 def _log_energy(products, bias, scale_log2):
     """log2 of the energies of some means: products [means, queries] -> [means]; -inf if no column is a query.
 
-    ``bias`` is 0 for queries and -inf for other columns: one fused multiply-add, where a mask costs two steps.
+    ``bias`` is 0 for queries and -inf for other columns: one fused multiply-add in place of a mask.
     """
     logits = products * scale_log2 + bias[None, :]
     largest = tl.max(logits, 1)
