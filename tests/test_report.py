@@ -15,7 +15,8 @@ from matplotlib.pyplot import imread
 from eval import common, pictures, recall, report
 
 ROOT = Path(__file__).parent.parent
-MEASURED = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+# A trained model's log lies beside its card and is no harness's result.
+MEASURED = sorted(p for p in (ROOT / "benchmarks" / "results").rglob("*.json") if p.name != "training.json")
 
 
 def paired(rise, error=0.001):
