@@ -141,8 +141,9 @@ def test_the_page_needs_nothing_else_and_its_pictures_are_not_blank(page):
     for data in embedded:
         picture = imread(io.BytesIO(data))[..., :3]
         ink = (picture.min(-1) < 0.9).mean()
-        # Something is drawn, and it is not one flat colour either.
-        assert 0.005 < ink < 0.8
+        # Something is drawn, and not in one flat colour; a map of many dark cells may well cover the picture.
+        assert ink > 0.005
+        assert picture.std() > 0.05
 
 
 def test_density_pictures_average_the_prompts():
