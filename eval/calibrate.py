@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args)
+    config = common.check_run_arguments(args).resolved()
     for name, least in (("prompts", 1), ("held_out", 0)):
         if getattr(args, name) < least:
             raise common.UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")

@@ -90,6 +90,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True,
 
 def given_config(args: argparse.Namespace) -> FlashPrefillConfig:
     """The settings that the options of ``add_config_arguments`` ask for; those named one by one go before ``--config``.
+    What nobody asked for and the selector decides is None.
 
     Raises:
         UsageError: A value is out of its range, a field does not exist, or the file is none.
@@ -124,7 +125,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Se
 
 
 def check_run_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    """The settings of the patched state, after a look at the other arguments.
+    """The settings of the patched state as ``given_config`` has them, after a look at the other arguments.
 
     Raises:
         UsageError: A value is out of its range or a field does not exist.
@@ -136,7 +137,7 @@ def check_run_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
 
 
 def check_config_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    """The settings of the patched state; checks --limit and --output, too.
+    """The settings of the patched state as ``given_config`` has them; checks --limit and --output, too.
 
     Raises:
         UsageError: A value is out of its range or a field does not exist.

@@ -107,7 +107,8 @@ def main(argv: list[str]) -> int:
     named = ("lengths", "chunk", "heads", "kv_heads", "head_dim", "seconds")
     dtype = str(args.dtype).removeprefix("torch.")
     model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": args.backend}
-    config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend).to_dict()
+    config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend)
+    config = config.resolved().to_dict()
     Result("layout_speed", environment, model, config, {n: getattr(args, n) for n in named}, summary=[], rows=rows).write(path)
     cells = [
         [str(row["length"]), row["layout"], f"{row['density']:.3f}", f"{row['median_ms']:.2f}"]

@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_config_arguments(args)
+    config = common.check_config_arguments(args).resolved()
     if args.include_path and not Path(args.include_path).is_dir():
         raise common.UsageError(f"--include-path {args.include_path}: there is no such folder")
     try:

@@ -231,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args)
+    config = common.check_run_arguments(args).resolved()
     if any(not 0 <= depth <= 1 for depth in args.depths):
         raise common.UsageError(f"--depths must lie from 0 to 1, got {args.depths}")
     if args.trials < 1:

@@ -118,6 +118,7 @@ def stage_runs(
     What is attended are the lists of ``index``, whatever ``select`` finds.
     """
     query, key, value = tensors
+    config = config.resolved()
     geometry, rule = index.geometry, selection_rule(config)
     selecting = selecting_backend(config.selector, backend)
     blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
@@ -156,15 +157,15 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
 
     configs = {selector: replace(args.config, selector=selector) for selector in args.selectors}
     runs_of = {selector: stage_runs(backend, tensors, index, config, scale) for selector, config in configs.items()}
-    attend = timed(runs_of[args.selectors[0]]["attend"])
+    attend = timed(stage_runs(backend, tensors, index, replace(args.config, correction=False), scale)["attend"])
     row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, "attend": attend}
-    # Two products of 2 * block * block * head_dim operations per kept block.
+    # Of the kept blocks alone, without means. Two products of 2 * block * block * head_dim operations per kept block.
     row["attend_tflops"] = 4 * 128 * 128 * head_dim * int(index.counts.sum()) / row["attend"]["median_ms"] / 1e9
     for selector, runs in runs_of.items():
-        for stage in ("pool", "select", "operator"):
-            row[f"{stage}_{selector}"] = timed(runs[stage])
+        for stage, run in runs.items():
+            row[f"{stage}_{selector}"] = timed(run)
         index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
-        row[f"index_share_{selector}"] = index_ms / (index_ms + row["attend"]["median_ms"])
+        row[f"index_share_{selector}"] = index_ms / (index_ms + row[f"attend_{selector}"]["median_ms"])
     runs = {name: dense_attention(name, tensors) for name in args.baselines if name != "flex"}
     if "flex" in args.baselines:
         runs["flex"] = flex_attention_run(tensors, index)
@@ -209,7 +210,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=POOL_SIZES,
         help="tokens, of the finer probes (default: %(default)s)",
     )
-    parser.add_argument("--correction", action="store_true", help="attend with the means of dropped blocks, too")
+    parser.add_argument(
+        "--correction",
+        action=argparse.BooleanOptionalAction,
+        help="attend with the means of dropped blocks, too (default: as the selector does)",
+    )
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
     add_tensor_arguments(parser)

@@ -182,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    config = common.check_run_arguments(args)
+    config = common.check_run_arguments(args).resolved()
     shortest = min(args.lengths)
     for name, least, most in (
         ("documents", 1, None),

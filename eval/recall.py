@@ -197,7 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args)
+    config = common.check_run_arguments(args).resolved()
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
     try:

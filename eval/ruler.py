@@ -242,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args)
+    config = common.check_run_arguments(args).resolved()
     if args.samples < 1:
         raise common.UsageError(f"--samples must be at least 1, got {args.samples}")
     missing = [name for name in QA_TASKS if getattr(args, name) is None]

@@ -6,7 +6,7 @@
 | `harness` | `needle`, `recall`, `selection`, `calibrate`, `perplexity`, `ruler` or `lm_eval` |
 | `environment` | time (UTC), device, threads (CPU only), processes, commit, and versions of Python and the libraries |
 | `model` | name, parameters, dtype, and the attention implementation that dense calls go to |
-| `config` | the FlashPrefillConfig of the patched state, every field |
+| `config` | the FlashPrefillConfig of the patched state, every field; null is what suits each curve's selector |
 | `arguments` | the command's options, without those that only say where things are |
 | `summary` | what the printed table says, one record a line |
 | `rows` | one record per prompt or question, in an order that follows from the arguments; fields in each harness's row class |

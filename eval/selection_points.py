@@ -16,8 +16,9 @@ from hf_flashprefill.config import SELECTORS
 # Thresholds of different selectors do not compare. Each list runs from little loss to much of it at 8K to 64K tokens.
 DEFAULT_CURVES = (
     "share:0.0025,0.005,0.01,0.02,0.05",
-    "share:0.005,0.01,0.02,0.05@pool_size=4",
-    "share:0.005,0.01,0.02,0.05@correction=true",
+    "share:0.005,0.01,0.02,0.05@query_stride=4",
+    "share:0.005,0.01,0.02,0.05@pool_size=8",
+    "share:0.005,0.01,0.02,0.05@correction=false",
     "peak:0.01,0.02,0.05,0.1,0.2",
     "flashprefill:0.01,0.02,0.05,0.1,0.2,0.4",
     "topk:0.5,0.7,0.8,0.9",
@@ -54,7 +55,7 @@ def parse_curves(curves: Sequence[str], base: FlashPrefillConfig) -> list[Point]
 
     Args:
         curves: SELECTOR is one of the config's or an oracle; fields are the config's.
-        base: All other fields.
+        base: All other fields; what is None there is what suits the curve's selector.
 
     Raises:
         UsageError: A curve is written in another way or holds a value out of range.
@@ -75,7 +76,7 @@ def _points(curve: str, base: FlashPrefillConfig) -> list[Point]:
             raise ValueError("the selector and its alphas stand before the @")
         if selector in SELECTORS:
             fields["selector"] = selector
-        configs = [replace(base, alpha=alpha, **({"layer_alphas": None} | fields)) for alpha in thresholds]
+        configs = [replace(base, alpha=alpha, **({"layer_alphas": None} | fields)).resolved() for alpha in thresholds]
     except (ValueError, TypeError) as error:
         raise UsageError(f"--curves {curve}: {error}") from None
     if any(config.backend == "reference" for config in configs):

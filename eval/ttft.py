@@ -91,6 +91,7 @@ def free_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def config_for_density(config: FlashPrefillConfig, length: int, density: float) -> FlashPrefillConfig:
     """Settings that keep about ``density`` of the causally visible blocks whatever the weights are."""
+    config = config.resolved()
     count = -(-length // config.block_size)
     visible = count * (count + 1) // 2
 
@@ -175,7 +176,7 @@ def main(argv: list[str]) -> int:
     if args.repeats < 1:
         raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
     densities = densities_of(args)
-    base = common.given_config(args)
+    base = common.given_config(args).resolved()
     if args.shape:
         model = random_model(args.shape, args.device, args.dtype)
     else:

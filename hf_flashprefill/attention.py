@@ -59,6 +59,7 @@ class PrefillSettings:
     layers: tuple[LayerSettings, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "config", self.config.resolved())
         alphas = self.config.layer_alphas or (self.config.alpha,)
         configs = [replace(self.config, alpha=alpha, layer_alphas=None) for alpha in alphas]
         object.__setattr__(self, "layers", tuple(LayerSettings(config, config_to_json(config)) for config in configs))

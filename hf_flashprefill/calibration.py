@@ -136,6 +136,7 @@ def calibrate(
     config = FlashPrefillConfig() if config is None else config
     if not isinstance(config, FlashPrefillConfig):
         raise TypeError(f"config must be a FlashPrefillConfig, got {type(config).__name__}")
+    config = config.resolved()
     measurement = _Measurement(_checked_candidates(target, alphas, rows), rows)
     fitting, audited = _split(_checked_prompts(prompts, "prompts"), held_out, _least_length(config))
     with tqdm(total=len(fitting) + len(audited), desc="calibrate", unit="prompt", disable=not progress) as bar:

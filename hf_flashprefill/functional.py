@@ -16,9 +16,10 @@ from .geometry import PrefillGeometry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Scores (float32) and lists (int32) of the query blocks in work, in bytes. Query blocks beyond it wait for the next round,
-# which keeps 1M tokens and 32 heads, 17 GiB at once, within half a GiB.
-SCRATCH_BYTES = 1 << 29
+# Scores (float32) and lists (int32) of the query blocks in work, in bytes. Query blocks beyond it wait for the next round:
+# 1M tokens and 32 heads would take 17 GiB at once. The pooled keys of such a prompt, 8 heads and 128 channels in bfloat16,
+# are half a GiB already, and all scratch together should stay below one.
+SCRATCH_BYTES = 1 << 28
 
 
 class PrefillOutput(NamedTuple):
@@ -79,6 +80,7 @@ def flash_prefill_attention(
     config = FlashPrefillConfig() if config is None else config
     if not isinstance(config, FlashPrefillConfig):
         raise TypeError(f"config must be a FlashPrefillConfig, got {type(config).__name__}")
+    config = config.resolved()
     geometry = _checked_geometry(query, key, value, config.block_size, query_offset, valid_ranges)
     window = _checked_window(sliding_window, geometry.kv_len)
     sinks = None if sinks is None else _checked_sinks(sinks, query)
@@ -140,7 +142,7 @@ def select_in_rounds(
 def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
     """The settings that decide which blocks are kept, as the arguments of every backend's ``select_blocks``."""
     names = ("selector", "pool_size", "query_stride", "alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")
-    rule = {name: getattr(config, name) for name in names}
+    rule = {name: getattr(config.resolved(), name) for name in names}
     if config.selector == "flashprefill":
         # The published rule pools whole blocks and asks every query.
         rule |= {"pool_size": config.block_size, "query_stride": 1}

@@ -42,8 +42,9 @@ class KeysOnly:
 def attend_with_both(query, key, value, index, *, scale, output, **terms) -> None:
     """In place of the choice between the portable and the Hopper kernel, which goes by where the tensors are."""
     attend.attend_blocks(query, key, value, index, scale=scale, output=output, **terms)
-    if all(term is None for term in terms.values()) and attend_hopper.fits(query, key, value, index.geometry.block_size):
-        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output)
+    further = {name: term for name, term in terms.items() if term is not None}
+    if further.keys() <= {"means"} and attend_hopper.fits(query, key, value, index.geometry.block_size):
+        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, **further)
 
 
 def prompt(shape: LayerShape, query_len: int, kv_len: int, batch: int, is_padded: bool, is_cached: bool, config) -> None:

@@ -65,7 +65,7 @@ class Call:
     scale: float | None
     spread: float
     seed: int
-    rule: tuple[tuple[str, float], ...]
+    rule: tuple[tuple[str, float | bool], ...]
 
     def config(self, backend: str) -> FlashPrefillConfig:
         names = ("block_size", "selector", "pool_size", "query_stride")
@@ -132,6 +132,7 @@ rules = st.fixed_dictionaries(
         "sink_blocks": st.integers(0, 3),
         "window_blocks": st.integers(1, 3),
         "dense_tail_blocks": st.integers(0, 2),
+        "correction": st.booleans(),
     }
 ).map(lambda rule: tuple(rule.items()))
 

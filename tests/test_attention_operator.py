@@ -23,7 +23,8 @@ def test_alpha_zero_is_dense_attention(backend, case, device):
 @pytest.mark.parametrize("case", UGLY_CASES, ids=str)
 def test_attention_over_the_same_index(backend, case, device):
     query, key, value, ranges = case.tensors(device)
-    config = FlashPrefillConfig(alpha=0.6, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend=backend)
+    dropping = {"alpha": 0.6, "sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0, "correction": False}
+    config = FlashPrefillConfig(block_size=64, backend=backend, **dropping)
     output, index = flash_prefill_attention(
         query,
         key,
@@ -112,14 +113,16 @@ def test_sparse_cases_drop_blocks():
     assert flash_prefill_attention(query, key, value, config=config, return_index=True).index.density() < 0.7
 
 
+@pytest.mark.parametrize("correction", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_half_precision_errs_no_more_than_eager(backend, device):
+def test_half_precision_errs_no_more_than_eager(backend, correction, device):
     case = Case(1, 4, 2, 300, 500, 64, dtype=torch.float16)
     query, key, value, _ = case.tensors(device)
-    config = FlashPrefillConfig(alpha=0.5, block_size=64, dense_tail_blocks=0, backend=backend)
+    config = FlashPrefillConfig(alpha=0.5, block_size=64, dense_tail_blocks=0, correction=correction, backend=backend)
     output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
-    exact = reference.attend_blocks(query, key, value, index, scale=case.head_dim**-0.5, dtype=torch.float64)
-    eager = reference.attend_blocks(query, key, value, index, scale=case.head_dim**-0.5, dtype=case.dtype)
+    options = {"scale": case.head_dim**-0.5, "correction": correction}
+    exact = reference.attend_blocks(query, key, value, index, dtype=torch.float64, **options)
+    eager = reference.attend_blocks(query, key, value, index, dtype=case.dtype, **options)
     assert_no_worse_than_eager(output, eager, exact)
 
 

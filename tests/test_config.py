@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,19 @@ def test_defaults_round_trip():
     config = FlashPrefillConfig(alpha=0.1, dense_layers=[0, 3])
     assert config.dense_layers == (0, 3)
     assert FlashPrefillConfig(**config.to_dict()) == config
+
+
+def test_what_is_none_follows_the_selector():
+    """The published rule has what the published method has, also where the selector is named last."""
+    named = ("sink_blocks", "window_blocks", "correction")
+    config = FlashPrefillConfig()
+    for selector, values in (("share", (1, 2, True)), ("peak", (1, 2, True)), ("flashprefill", (2, 4, False))):
+        resolved = replace(config, selector=selector).resolved()
+        assert tuple(getattr(resolved, name) for name in named) == values
+        assert replace(resolved, **dict.fromkeys(named)) == replace(config, selector=selector)
+        assert resolved.resolved() is resolved
+    given = FlashPrefillConfig(selector="flashprefill", sink_blocks=0, correction=True).resolved()
+    assert tuple(getattr(given, name) for name in named) == (0, 4, True)
 
 
 def test_json_file_round_trip(tmp_path):
@@ -54,6 +68,8 @@ def test_bad_json_files_are_named(content, message, tmp_path):
         ("sink_blocks", -1, ValueError),
         ("window_blocks", 0, ValueError),
         ("dense_tail_blocks", -2, ValueError),
+        ("dense_tail_blocks", None, TypeError),
+        ("correction", 1, TypeError),
         ("min_seq_len", 1.5, TypeError),
         ("min_seq_len", True, TypeError),
         ("min_seq_len", None, TypeError),

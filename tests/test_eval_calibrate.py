@@ -68,7 +68,7 @@ def test_ttft_takes_the_settings(written, tmp_path):
         (["--prompts", "0"], "--prompts must be at least 1"),
         (["--held-out", "-1"], "--held-out must be at least 0"),
         (["--rows", "0"], "rows must be a whole number"),
-        (["--lengths", "300"], "at least 1025 tokens, the longest has 300"),
+        (["--lengths", "300"], "at least 641 tokens, the longest has 300"),
         (["--kind", "none"], "--kind"),
         (["--selector", "best"], "selector must be one of"),
     ],

@@ -20,9 +20,16 @@ def tensors(device, dtype=torch.float32, magnitude=1.0, heads=1, tokens=TOKENS):
     return normal.clamp(-largest, largest).to(device, dtype).unbind()
 
 
-def run(backend, query, key, value, *, alpha=0.0, selector="share", **arguments):
+def run(backend, query, key, value, *, alpha=0.0, selector="share", correction=True, **arguments):
     config = FlashPrefillConfig(
-        alpha, selector, block_size=BLOCK, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend=backend
+        alpha,
+        selector,
+        block_size=BLOCK,
+        sink_blocks=0,
+        window_blocks=1,
+        dense_tail_blocks=0,
+        correction=correction,
+        backend=backend,
     )
     return flash_prefill_attention(query, key, value, config=config, return_index=True, **arguments)
 
@@ -141,15 +148,27 @@ def test_what_is_not_finite_is_never_hidden(backend, selector, alpha, bad, place
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 def test_a_bad_value_shows_where_its_block_is_attended(backend, bad, device):
-    """Nobody reads the values of a dropped block. At alpha = 0, and for a block's own later queries, it always shows."""
+    """At alpha = 0, and for a block's own later queries, it always shows; where its block is dropped, in the block's mean."""
     query, key, value = tensors(device)
     value[0, 0, 30, 5] = bad
     output, _ = run(backend, query, key, value)
     assert not output[0, 0, 30:, 5].isfinite().any()
     others = torch.arange(HEAD_DIM, device=device) != 5
     assert output[0, 0, :, others].isfinite().all()
-    output, index = run(backend, query, key, value, alpha=1.0)
-    assert not output[0, 0, 30:BLOCK, 5].isfinite().any()
-    kept = index.to_mask()[0, 0, :, 0].repeat_interleave(BLOCK)[:TOKENS]
-    assert not kept[BLOCK:].any()
-    assert output[0, 0, BLOCK:].isfinite().all()
+    for correction in (False, True):
+        output, index = run(backend, query, key, value, alpha=1.0, correction=correction)
+        assert not output[0, 0, 30:BLOCK, 5].isfinite().any()
+        assert not index.to_mask()[0, 0, 1:, 0].any()
+        assert output[0, 0, BLOCK:, others].isfinite().all()
+        # Without means nobody reads the values of a dropped block.
+        assert (output[0, 0, BLOCK:, 5].isfinite() == (not correction)).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_means_of_later_blocks_do_not_reach_back(backend, device):
+    query, key, value = tensors(device)
+    expected, _ = run(backend, query, key, value, alpha=1.0)
+    key[0, 0, BLOCK + 3], value[0, 0, BLOCK + 3] = math.nan, math.inf
+    output, _ = run(backend, query, key, value, alpha=1.0)
+    assert torch.equal(output[:, :, :BLOCK], expected[:, :, :BLOCK])
+    assert not output[:, :, 2 * BLOCK :].isfinite().any()

@@ -41,7 +41,7 @@ def test_patching_again_replaces_the_settings():
     with torch.no_grad():
         model(ids())
     patch_model(model, config=FlashPrefillConfig(sink_blocks=3), alpha=0.2)
-    assert patched_config(model) == FlashPrefillConfig(sink_blocks=3, alpha=0.2)
+    assert patched_config(model) == FlashPrefillConfig(sink_blocks=3, alpha=0.2).resolved()
     assert prefill_stats(model).layers == []
     assert unpatch_model(model).config._attn_implementation == "sdpa"
 

@@ -161,7 +161,8 @@ def test_shares_follow_their_definition(backend, selector, device):
         index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
         kept = index.to_mask().cpu().numpy()
         for head in range(case.heads):
-            shares = float64_shares(query[0, head].cpu().numpy(), key[0, 0].cpu().numpy(), case.offset, 128, 8, 8)
+            tensors = query[0, head].cpu().numpy(), key[0, 0].cpu().numpy()
+            shares = float64_shares(*tensors, case.offset, 128, config.pool_size, config.query_stride)
             relative = shares / shares.max(1, keepdims=True) if selector == "peak" else shares
             wrong = disagreements(kept[0, head], relative, alpha, case.offset // 128)
             assert all(distance < 1e-4 for distance in wrong), wrong
@@ -209,7 +210,8 @@ def test_a_padded_row_is_selected_as_it_would_be_alone():
     pad = (0, 0, 77, 0)
     padded = [torch.nn.functional.pad(tensor, pad, value=math.nan) for tensor in (query, key, value)]
     got = flash_prefill_attention(*padded, config=config, valid_ranges=torch.tensor([[77, 577]]), return_index=True)
-    assert torch.equal(got.output[:, :, 77:], expected.output)
+    # The sums of means are those of another product of matrices.
+    torch.testing.assert_close(got.output[:, :, 77:], expected.output, rtol=0, atol=1e-6)
     assert not got.output[:, :, :77].any()
     tiles, blocks = expected.index.to_mask().shape[2:]
     assert torch.equal(got.index.to_mask()[:, :, :tiles, :blocks], expected.index.to_mask())

@@ -170,7 +170,7 @@ def test_no_choice_of_as_many_blocks_keeps_more_than_the_oracle(layers):
 
 def test_the_oracle_in_rounds_keeps_the_same_and_leaves_nothing_behind(layers, monkeypatch):
     query, key, value = layers[3]
-    config = FlashPrefillConfig(alpha=0.1, **FORCED)
+    config = FlashPrefillConfig(alpha=0.1, correction=False, **FORCED)
     geometry = PrefillGeometry(1, LENGTH, LENGTH, 0, 128)
     masses = block_masses(query, key, geometry, 0.125).largest
     wanted = index_from_masses(masses, geometry, alpha=0.1, **FORCED).to_mask()
@@ -219,8 +219,11 @@ def test_default_curves_are_valid_and_hold_the_defaults():
     assert any((p.curve, p.config.alpha) == (defaults.selector, defaults.alpha) for p in points)
     assert len(parse_curves(["share:0.01,0.01", "share:0.01"], BASE)) == 1
     (point,) = parse_curves(["peak:0.01@pool_size=4,query_stride=4"], BASE)
-    assert point.config == FlashPrefillConfig(
-        alpha=0.01, selector="peak", pool_size=4, query_stride=4, min_seq_len=1, dense_tail_blocks=0
+    assert (
+        point.config
+        == FlashPrefillConfig(
+            alpha=0.01, selector="peak", pool_size=4, query_stride=4, min_seq_len=1, dense_tail_blocks=0
+        ).resolved()
     )
 
 

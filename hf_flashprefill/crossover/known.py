@@ -103,6 +103,7 @@ def min_seq_len_of_model(config: FlashPrefillConfig, model_config: Any, dtype: t
 
 def rule_of(config: FlashPrefillConfig) -> tuple:
     """The settings that a measurement depends on."""
+    config = config.resolved()
     return tuple(getattr(config, name) for name in RULE_FIELDS)
 
 

@@ -112,6 +112,7 @@ def first_lasting_win(lengths: Sequence[int], wins: Callable[[int], bool]) -> in
 
 def time_attention(shape: LayerShape, device: torch.device, config: FlashPrefillConfig, length: int) -> tuple[float, float]:
     """Median milliseconds of dense and of sparse attention of one prompt of ``length`` random tokens."""
+    config = config.resolved()
     # Query as a projection leaves it, tokens before heads; key and value as a cache does.
     random = functools.partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
     query = random(1, length, shape.heads, shape.head_dim).to(shape.dtype).transpose(1, 2)

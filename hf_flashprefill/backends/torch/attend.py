@@ -73,8 +73,10 @@ def attend_blocks(
             queries = query_rows.index_select(0, part).view(len(part), 1, block_size, -1)
             part_bias = bias
             for column_keys, column_values, column_bias in extra:
-                keys = torch.cat([keys, column_keys[key_head]], 2)
-                values = torch.cat([values, column_values[key_head]], 2)
+                # A weight of zero would not undo a later block's NaN.
+                is_used = (column_bias[part] > -math.inf)[:, None, :, None]
+                keys = torch.cat([keys, column_keys[key_head].where(is_used, 0)], 2)
+                values = torch.cat([values, column_values[key_head].where(is_used, 0)], 2)
                 columns = column_bias[part][:, None, None].expand(-1, 1, block_size, -1)
                 part_bias = torch.cat([part_bias.expand(len(part), 1, -1, -1), columns.to(query.dtype)], 3)
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=part_bias, scale=scale)
