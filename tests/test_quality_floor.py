@@ -18,7 +18,7 @@ from hf_flashprefill import FlashPrefillConfig
 from hf_flashprefill.geometry import PrefillGeometry
 
 # Questions in the second half and no dense tail blocks, so that the selection decides every answer. On these two prompts
-# of 8192 tokens the defaults have 96 of 96 answers right at a density of .48 and raise the perplexity by 0.5 %.
+# of 8192 tokens the defaults have 96 of 96 answers right at a density of .39 and raise the perplexity by 0.5 %.
 LEAST_RECALL, MOST_RISE = 0.95, 0.008
 BASE = FlashPrefillConfig(min_seq_len=1, dense_tail_blocks=0)
 
@@ -64,7 +64,7 @@ def outcomes(recall_model):
 def test_the_defaults_reach_the_floor(outcomes):
     default, _ = outcomes
     assert default["unpatched_recall"] > 0.98
-    assert default["density"] < 0.6
+    assert default["density"] < 0.5
     assert default["recall"] >= LEAST_RECALL
     assert default["perplexity_rise"] <= MOST_RISE
 

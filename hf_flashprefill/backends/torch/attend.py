@@ -30,7 +30,9 @@ def attend_blocks(
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, Dv]; other rows are left alone.
 
     Lists are worked through in groups of equal length, so no gathered block is wasted. Only a list's last block, the
-    query block's own, needs the causal mask. Sinks and the means of dropped blocks are further columns of the softmax.
+    query block's own, needs the causal mask. Sinks and the means of dropped blocks are further columns of the softmax. What
+    is added to their logits stands in a channel of its own, where queries hold 1: as a mask it would be one per list, and
+    writing and reading those doubled the time of the correction (two CPU cores, 16K tokens, density .095).
 
     Args:
         query: [B, Hq, Sq, D].
@@ -44,24 +46,31 @@ def attend_blocks(
         means: Key and value means of whole blocks [B, Hkv, N, D]; each dropped block takes part through them.
     """
     geometry, block_size = index.geometry, index.geometry.block_size
+    has_columns = means is not None or sinks is not None
+    if has_columns and not 0.01 <= scale <= 100:
+        # What the columns' channel holds is divided by the scale, and half precision has its limits.
+        query, key, value, scale = query.float() * scale, key.float(), value.float(), 1.0
     tiles = slice(index.first_query_block, index.first_query_block + index.query_blocks)
     rows, positions = blocked_queries(query, geometry)
     rows, positions = rows[:, :, tiles], positions[:, tiles]
     (batch, heads), key_heads = query.shape[:2], key.shape[1]
 
+    extra = _further_columns(key, index, sinks, means, scale)
+    if has_columns:
+        rows, key, value = F.pad(rows, (0, 1), value=1), F.pad(key, (0, 1)), F.pad(value, (0, 1))
     # Blocks as rows of a matrix: index_select then copies whole blocks, three times as fast as indexing by tuples here.
-    query_rows = rows.reshape(batch * heads * index.query_blocks, block_size * query.shape[-1])
+    query_rows = rows.reshape(batch * heads * index.query_blocks, -1)
     key_rows, value_rows = (
         blocked_keys(tensor, geometry).reshape(batch * key_heads * geometry.key_blocks, -1) for tensor in (key, value)
     )
     lists, counts = index.indices.flatten(0, 2), index.counts.flatten()
-    result = torch.zeros(len(counts), block_size * value.shape[-1], dtype=query.dtype, device=query.device)
-    extra = _further_columns(key, index, sinks, means)
+    result = torch.zeros(len(counts), block_size * output.shape[-1], dtype=query.dtype, device=query.device)
 
     for length in counts.unique().tolist():
         if length == 0:
             continue
         bias = _causal_bias(length, block_size, sliding_window, query)
+        bias = F.pad(bias, (0, sum(column_bias.shape[1] for _, _, column_bias in extra)))
         step = max(1, GATHERED_AT_ONCE // (length * block_size * (key.shape[-1] + value.shape[-1])))
         for part in (counts == length).nonzero().flatten().split(step):
             head = part // index.query_blocks
@@ -71,16 +80,15 @@ def attend_blocks(
                 source.index_select(0, blocks).view(len(part), 1, length * block_size, -1) for source in (key_rows, value_rows)
             )
             queries = query_rows.index_select(0, part).view(len(part), 1, block_size, -1)
-            part_bias = bias
             for column_keys, column_values, column_bias in extra:
+                added = column_bias[part][:, None, :, None]
                 # A weight of zero would not undo a later block's NaN.
-                is_used = (column_bias[part] > -math.inf)[:, None, :, None]
-                keys = torch.cat([keys, column_keys[key_head].where(is_used, 0)], 2)
-                values = torch.cat([values, column_values[key_head].where(is_used, 0)], 2)
-                columns = column_bias[part][:, None, None].expand(-1, 1, block_size, -1)
-                part_bias = torch.cat([part_bias.expand(len(part), 1, -1, -1), columns.to(query.dtype)], 3)
-            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=part_bias, scale=scale)
-            result.index_copy_(0, part, attended.flatten(1))
+                is_used = added > -math.inf
+                columns = torch.cat([column_keys[key_head].where(is_used, 0), added], 3)
+                keys = torch.cat([keys, columns], 2)
+                values = torch.cat([values, F.pad(column_values[key_head].where(is_used, 0), (0, 1))], 2)
+            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+            result.index_copy_(0, part, attended[..., : output.shape[-1]].flatten(1))
 
     result = result.view(batch, heads, index.query_blocks, block_size, -1)
     used = (positions >= 0).flatten(1)
@@ -112,18 +120,20 @@ def _further_columns(
     index: BlockIndex,
     sinks: torch.Tensor | None,
     means: tuple[torch.Tensor, torch.Tensor] | None,
+    scale: float,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Softmax columns beside the listed keys: keys and values [B * Hkv, 1, C, D], and what is added to logits [lists, C]."""
+    """Softmax columns beside the listed keys: keys and values [B * Hkv, 1, C, D], and what is added to the products of
+    queries and keys before they are scaled, [lists, C]."""
     columns = []
     if means is not None:
         # A list ends with the query block's own number, and every block before that is wholly visible.
         own = index.visible_counts()[:, None, :, None] - 1
         dropped = ~index.to_mask() & (torch.arange(index.geometry.key_blocks, device=key.device) < own)
-        bias = torch.zeros(dropped.shape, device=key.device).masked_fill_(~dropped, -math.inf)
-        bias += math.log(index.geometry.block_size)
-        columns.append((*(tensor.flatten(0, 1)[:, None] for tensor in means), bias.flatten(0, 2)))
+        added = torch.full(dropped.shape, math.log(index.geometry.block_size) / scale, dtype=key.dtype, device=key.device)
+        added.masked_fill_(~dropped, -math.inf)
+        columns.append((*(tensor.flatten(0, 1)[:, None] for tensor in means), added.flatten(0, 2)))
     if sinks is not None:
         nothing = key.new_zeros(key.shape[0] * key.shape[1], 1, 1, key.shape[-1])
-        logits = sinks[None, :, None].expand(index.counts.shape)
-        columns.append((nothing, nothing, logits.reshape(-1, 1)))
+        added = (sinks / scale).to(key.dtype)[None, :, None].expand(index.counts.shape)
+        columns.append((nothing, nothing, added.reshape(-1, 1)))
     return columns
