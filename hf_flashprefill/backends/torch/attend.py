@@ -56,8 +56,10 @@ def attend_blocks(
     (batch, heads), key_heads = query.shape[:2], key.shape[1]
 
     extra = _further_columns(key, index, sinks, means, scale)
+    # One channel is enough, but torch's fused attention on GPUs takes channels in eights.
+    channels = 8 if query.is_cuda else 1
     if has_columns:
-        rows, key, value = F.pad(rows, (0, 1), value=1), F.pad(key, (0, 1)), F.pad(value, (0, 1))
+        rows, key, value = F.pad(rows, (0, channels), value=1), F.pad(key, (0, channels)), F.pad(value, (0, channels))
     # Blocks as rows of a matrix: index_select then copies whole blocks, three times as fast as indexing by tuples here.
     query_rows = rows.reshape(batch * heads * index.query_blocks, -1)
     key_rows, value_rows = (
@@ -84,9 +86,9 @@ def attend_blocks(
                 added = column_bias[part][:, None, :, None]
                 # A weight of zero would not undo a later block's NaN.
                 is_used = added > -math.inf
-                columns = torch.cat([column_keys[key_head].where(is_used, 0), added], 3)
+                columns = F.pad(torch.cat([column_keys[key_head].where(is_used, 0), added], 3), (0, channels - 1))
                 keys = torch.cat([keys, columns], 2)
-                values = torch.cat([values, F.pad(column_values[key_head].where(is_used, 0), (0, 1))], 2)
+                values = torch.cat([values, F.pad(column_values[key_head].where(is_used, 0), (0, channels))], 2)
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
             result.index_copy_(0, part, attended[..., : output.shape[-1]].flatten(1))
 
