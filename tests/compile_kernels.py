@@ -91,7 +91,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         "shares",
         shares._select_shares_kernel.warmup(
             query, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2, *strides,
-            **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=8, STRIDE=8, TILE=TILE,
+            **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=4, STRIDE=8, TILE=TILE,
             BLOCK_LIST=128, IS_RELATIVE=False, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
         ),
