@@ -107,6 +107,8 @@ def flash_prefill_attention(
                 parts.append(index)
             if on_index is not None:
                 on_index(index)
+            # Or these lists would live on while the next are made: 128 MiB of a prompt of 1M tokens.
+            del index
     return PrefillOutput(output, BlockIndex.concatenate(parts)) if return_index else output
 
 
