@@ -26,7 +26,8 @@ def test_kernels_err_no_more_than_eager(shape, dtype):
     case = Case(**{**vars(shape), "dtype": dtype})
     query, key, value, ranges = case.tensors(torch.device("cuda"))
     scale = case.head_dim**-0.5
-    config = FlashPrefillConfig(alpha=0.5, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton")
+    dropping = {"alpha": 0.5, "sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0, "correction": False}
+    config = FlashPrefillConfig(backend="triton", **dropping)
     output, index = flash_prefill_attention(
         query, key, value, config=config, query_offset=case.query_offset, valid_ranges=ranges, return_index=True
     )
@@ -209,7 +210,7 @@ def test_offsets_beyond_32_bits():
     key = torch.randn(1, kv_len, 8, 512, device="cuda", dtype=torch.bfloat16)[..., :128].transpose(1, 2)
     query = torch.randn(1, 8, 256, 128, device="cuda", dtype=torch.bfloat16)
     assert key.stride(2) * kv_len > 2**31
-    config = FlashPrefillConfig(alpha=1.0, sink_blocks=0, dense_tail_blocks=0, backend="triton")
+    config = FlashPrefillConfig(alpha=1.0, sink_blocks=0, dense_tail_blocks=0, correction=False, backend="triton")
     output, index = flash_prefill_attention(query, key, key, config=config, return_index=True)
     last = index.indices[0, 0, -1, : int(index.counts[0, 0, -1])].long()
     positions = (last[:, None] * 128 + torch.arange(128, device="cuda")).flatten()
@@ -226,7 +227,7 @@ def test_one_million_tokens(selector):
     shape = {"device": "cuda", "dtype": torch.bfloat16}
     query = torch.randn(1, tokens, heads, channels, **shape).transpose(1, 2)
     key, value = (torch.randn(1, key_heads, tokens, channels, **shape) for _ in range(2))
-    # The share selector asks the last query of every eight and averages eight keys. The energy of a block is that of its mean.
+    # The share selector asks the last query of every eight; the pools of its keys are no longer. A block's energy is its mean's.
     width = 8 if selector == "share" else 128
     rows = [(0, tokens - 513, 512 * 200), (31, 700_031, 512 * 3), (13, 131_071, 512 * 7), (20, tokens - 1, 512 * 1000)]
     for head, row, needle in rows:
