@@ -227,7 +227,7 @@ def test_one_million_tokens(selector):
     shape = {"device": "cuda", "dtype": torch.bfloat16}
     query = torch.randn(1, tokens, heads, channels, **shape).transpose(1, 2)
     key, value = (torch.randn(1, key_heads, tokens, channels, **shape) for _ in range(2))
-    # The share selector asks the last query of every eight; the pools of its keys are no longer. A block's energy is its mean's.
+    # The share selector asks the last query of every eight; its pools of keys are no longer. A block's energy is its mean's.
     width = 8 if selector == "share" else 128
     rows = [(0, tokens - 513, 512 * 200), (31, 700_031, 512 * 3), (13, 131_071, 512 * 7), (20, tokens - 1, 512 * 1000)]
     for head, row, needle in rows:
