@@ -144,7 +144,8 @@ def select_in_rounds(
 def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
     """The settings that decide which blocks are kept, as the arguments of every backend's ``select_blocks``."""
     names = ("selector", "pool_size", "query_stride", "alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")
-    rule = {name: getattr(config.resolved(), name) for name in names}
+    config = config.resolved()
+    rule = {name: getattr(config, name) for name in names}
     if config.selector == "flashprefill":
         # The published rule pools whole blocks and asks every query.
         rule |= {"pool_size": config.block_size, "query_stride": 1}

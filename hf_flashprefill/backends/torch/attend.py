@@ -31,8 +31,8 @@ def attend_blocks(
 
     Lists are worked through in groups of equal length, so no gathered block is wasted. Only a list's last block, the
     query block's own, needs the causal mask. Sinks and the means of dropped blocks are further columns of the softmax. What
-    is added to their logits stands in a channel of its own, where queries hold 1: as a mask it would be one per list, and
-    writing and reading those doubled the time of the correction (two CPU cores, 16K tokens, density .095).
+    is added to their logits stands in a channel of its own, where queries hold 1: as a mask it would be one
+    per list, twice as many numbers as the gathered keys and values.
 
     Args:
         query: [B, Hq, Sq, D].
@@ -72,7 +72,7 @@ def attend_blocks(
         if length == 0:
             continue
         bias = _causal_bias(length, block_size, sliding_window, query)
-        bias = F.pad(bias, (0, sum(column_bias.shape[1] for _, _, column_bias in extra)))
+        bias = F.pad(bias, (0, sum(added.shape[1] for _, _, added in extra)))
         step = max(1, GATHERED_AT_ONCE // (length * block_size * (key.shape[-1] + value.shape[-1])))
         for part in (counts == length).nonzero().flatten().split(step):
             head = part // index.query_blocks
@@ -82,8 +82,8 @@ def attend_blocks(
                 source.index_select(0, blocks).view(len(part), 1, length * block_size, -1) for source in (key_rows, value_rows)
             )
             queries = query_rows.index_select(0, part).view(len(part), 1, block_size, -1)
-            for column_keys, column_values, column_bias in extra:
-                added = column_bias[part][:, None, :, None]
+            for column_keys, column_values, column_added in extra:
+                added = column_added[part][:, None, :, None]
                 # A weight of zero would not undo a later block's NaN.
                 is_used = added > -math.inf
                 columns = F.pad(torch.cat([column_keys[key_head].where(is_used, 0), added], 3), (0, channels - 1))

@@ -16,6 +16,9 @@ from ...geometry import PrefillGeometry
 # tokens on two cores (8 query heads, 2 key-value heads, head dim 64) the share probe took 44 ms, with 64 MiB 94 ms.
 LOGITS_AT_ONCE = 1 << 21
 
+# Query blocks, a number of key blocks, and the logits of both; what _masked_logits yields.
+LogitParts = Iterator[tuple[slice, int, torch.Tensor]]
+
 
 def gather_positions(tensor: torch.Tensor, first: torch.Tensor, count: int, low: int, high: torch.Tensor) -> torch.Tensor:
     """Rows ``first[b] .. first[b] + count`` of [B, H, S, D] as [B, H, count, D]; zeros outside ``low[b] <= row < high[b]``."""
@@ -96,7 +99,8 @@ def select_blocks(
     last_key = last_key.masked_fill(last_key < torch.arange(pooled.shape[2], device=device) * pool_size, geometry.kv_len)
     score = {"flashprefill": _block_energies, "topp": _block_masses}.get(selector, _block_shares)
     bounds = [geometry.visible_blocks_bound(block) for block in range(chosen.start, chosen.stop)]
-    scores = score(rows, positions, pooled, last_key, bounds, geometry.key_blocks, scale)
+    parts = _masked_logits(rows, positions, pooled, last_key, bounds, geometry.key_blocks, scale)
+    scores = score(parts, (batch, heads, query_blocks, geometry.key_blocks), device)
 
     own = span.query_begin[:, None] // geometry.block_size + torch.arange(chosen.start, chosen.stop, device=device)
     tail = torch.div(span.query_end + geometry.block_size - 1, geometry.block_size, rounding_mode="floor")
@@ -140,67 +144,36 @@ def _probing_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: 
     return torch.take_along_dim(rows, place, dim=3), runs.gather(-1, last).squeeze(-1)
 
 
-def _block_energies(
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    means: torch.Tensor,
-    last_key: torch.Tensor,
-    bounds: list[int],
-    key_blocks: int,
-    scale: float,
-) -> torch.Tensor:
-    """log2 energies [B, Hq, T, N] of blocked queries [B, Hq, T, R, D] against block means [B, Hkv, N, D].
-
-    ``bounds`` are the blocks that each query block sees at most, ``last_key`` [B, P] the last token of each mean.
-    """
-    energies = torch.full((*rows.shape[:3], key_blocks), -math.inf, dtype=torch.float32, device=rows.device)
-    for part, blocks, logits in _masked_logits(rows, positions, means, last_key, bounds, 1, scale):
+def _block_energies(parts: LogitParts, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """log2 energies of each block, float32 ``shape`` = [B, Hq, T, N]; ``parts`` are of ``_masked_logits`` with block means."""
+    energies = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
+    for part, blocks, logits in parts:
+        logits = logits.squeeze(-1)
         largest = logits.amax(3, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         energies[:, :, part, :blocks] = logits.sub_(largest).exp2_().sum(3).log2_().add_(largest.squeeze(3))
     return energies
 
 
-def _block_shares(
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    pooled: torch.Tensor,
-    last_key: torch.Tensor,
-    bounds: list[int],
-    key_blocks: int,
-    scale: float,
-) -> torch.Tensor:
-    """log2 of the largest share per block [B, Hq, T, N] of probing queries [B, Hq, T, R, D] over pooled keys [B, Hkv, P, D].
-
-    Further arguments as for ``_block_energies``.
-    """
-    per_block = pooled.shape[2] // key_blocks
-    shares = torch.full((*rows.shape[:3], key_blocks), -math.inf, dtype=torch.float32, device=rows.device)
-    for part, blocks, logits in _masked_logits(rows, positions, pooled, last_key, bounds, per_block, scale):
-        peaks = logits.unflatten(-1, (blocks, per_block)).amax(-1)
+def _block_shares(parts: LogitParts, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """log2 of the largest share that any probing query gives any pooled key of each block; arguments as ``_block_energies``."""
+    shares = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
+    for part, blocks, logits in parts:
+        peaks = logits.amax(-1)
         largest = peaks.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        sums = logits.sub_(largest).exp2_().sum(-1, keepdim=True)
+        sums = logits.sub_(largest[..., None]).exp2_().sum((-2, -1))[..., None]
         # A query without keys votes for nothing: its sum is 0, and its peaks are -inf already.
         shares[:, :, part, :blocks] = (peaks - largest - sums.clamp(min=1e-30).log2_()).amax(3)
     return shares
 
 
-def _block_masses(
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    pooled: torch.Tensor,
-    last_key: torch.Tensor,
-    bounds: list[int],
-    key_blocks: int,
-    scale: float,
-) -> torch.Tensor:
-    """Sums over queries and pooled keys of the shares in each block [B, Hq, T, N]; arguments as for ``_block_shares``."""
-    per_block = pooled.shape[2] // key_blocks
-    masses = torch.zeros((*rows.shape[:3], key_blocks), dtype=torch.float32, device=rows.device)
-    for part, blocks, logits in _masked_logits(rows, positions, pooled, last_key, bounds, per_block, scale):
+def _block_masses(parts: LogitParts, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Sums over queries and pooled keys of the shares in each block; arguments as ``_block_energies``."""
+    masses = torch.zeros(shape, dtype=torch.float32, device=device)
+    for part, blocks, logits in parts:
         # A query without keys has no mass to give.
-        empty = logits.isneginf().all(-1, keepdim=True)
-        shares = logits.mul_(math.log(2)).softmax(-1).masked_fill_(empty, 0.0)
-        masses[:, :, part, :blocks] = shares.unflatten(-1, (blocks, per_block)).sum((3, 5))
+        empty = logits.isneginf().all(-1).all(-1)[..., None, None]
+        shares = logits.mul_(math.log(2)).flatten(-2).softmax(-1).view_as(logits).masked_fill_(empty, 0.0)
+        masses[:, :, part, :blocks] = shares.sum((3, 5))
     return masses
 
 
@@ -209,21 +182,34 @@ def _masked_logits(
     positions: torch.Tensor,
     pooled: torch.Tensor,
     last_key: torch.Tensor,
-    bounds: list[int],
-    per_block: int,
+    visible_blocks: list[int],
+    key_blocks: int,
     scale: float,
-) -> Iterator[tuple[slice, int, torch.Tensor]]:
-    """Some query blocks at a time: which, the N' blocks the last of them sees at most, and base-2 logits [B, Hq, t, R, P'] of
-    the pools of these blocks, -inf where a query does not see all of a pool."""
+) -> LogitParts:
+    """Base-2 logits of blocked queries [B, Hq, T, R, D] and pooled keys [B, Hkv, P, D], some query blocks at a time.
+
+    Args:
+        rows: The queries.
+        positions: [B, T, R], theirs; -1 for a row that is no query.
+        pooled: The keys.
+        last_key: [B, P], position of each pool's last token.
+        visible_blocks: Key blocks that each of the T query blocks sees at most, rising.
+        key_blocks: N.
+        scale: Multiplies query-key products.
+
+    Yields:
+        Which query blocks; the n key blocks that the last of them sees at most; and float32 logits [B, Hq, t, R, n, P / N],
+        -inf where a query does not see all of a pool.
+    """
     batch, heads, tiles, count, _ = rows.shape
-    key_heads = pooled.shape[1]
+    key_heads, pools = pooled.shape[1:3]
     pooled = pooled.float().transpose(2, 3)
-    step = max(1, LOGITS_AT_ONCE // max(1, batch * heads * count * pooled.shape[3]))
+    step = max(1, LOGITS_AT_ONCE // max(1, batch * heads * count * pools))
     for first in range(0, tiles, step):
         part = slice(first, first + step)
-        blocks = bounds[min(first + step, tiles) - 1]
-        pools = blocks * per_block
+        blocks = visible_blocks[min(first + step, tiles) - 1]
+        seen_pools = blocks * (pools // key_blocks)
         grouped = rows[:, :, part].float().mul(scale * math.log2(math.e)).unflatten(1, (key_heads, -1))
-        logits = torch.matmul(grouped.flatten(2, 4), pooled[..., :pools]).view(batch, heads, -1, count, pools)
-        seen = positions[:, None, part, :, None] >= last_key[:, None, None, None, :pools]
-        yield part, blocks, logits.masked_fill_(~seen, -math.inf)
+        logits = torch.matmul(grouped.flatten(2, 4), pooled[..., :seen_pools]).view(batch, heads, -1, count, seen_pools)
+        seen = positions[:, None, part, :, None] >= last_key[:, None, None, None, :seen_pools]
+        yield part, blocks, logits.masked_fill_(~seen, -math.inf).unflatten(-1, (blocks, -1))
