@@ -160,7 +160,7 @@ def _block_shares(parts: LogitParts, shape: tuple[int, ...], device: torch.devic
     for part, blocks, logits in parts:
         peaks = logits.amax(-1)
         largest = peaks.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        sums = logits.sub_(largest[..., None]).exp2_().sum((-2, -1))[..., None]
+        sums = logits.flatten(-2).sub_(largest).exp2_().sum(-1, keepdim=True)
         # A query without keys votes for nothing: its sum is 0, and its peaks are -inf already.
         shares[:, :, part, :blocks] = (peaks - largest - sums.clamp(min=1e-30).log2_()).amax(3)
     return shares
@@ -171,7 +171,7 @@ def _block_masses(parts: LogitParts, shape: tuple[int, ...], device: torch.devic
     masses = torch.zeros(shape, dtype=torch.float32, device=device)
     for part, blocks, logits in parts:
         # A query without keys has no mass to give.
-        empty = logits.isneginf().all(-1).all(-1)[..., None, None]
+        empty = logits.isneginf().all(-1, keepdim=True).all(-2, keepdim=True)
         shares = logits.mul_(math.log(2)).flatten(-2).softmax(-1).view_as(logits).masked_fill_(empty, 0.0)
         masses[:, :, part, :blocks] = shares.sum((3, 5))
     return masses
