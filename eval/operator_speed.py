@@ -218,6 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
     add_tensor_arguments(parser)
+    parser.add_argument("--portable", action="store_true", help="attend with the portable Triton kernel on Hopper, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-DATE-DEVICE.json)")
     return parser
@@ -256,6 +257,10 @@ def table(rows: list[dict], selectors: list[str]) -> str:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     check_arguments(args)
+    if args.portable:
+        from hf_flashprefill.backends import triton
+
+        triton.attend_hopper = None
     backend = resolve_backend(args.backend, torch.empty(1, args.heads, 1, 64, dtype=args.dtype, device=args.device))
     shapes = [
         (length, density, head_dim, batch)
@@ -270,7 +275,18 @@ def main(argv: list[str]) -> int:
     environment = common.environment(args.device)
     kind = environment["device"].lower().replace(" ", "-") if args.device.type == "cuda" else "cpu"
     path = args.output or Path("benchmarks/results") / f"operator-{date.today()}-{kind}.json"
-    named = ("lengths", "densities", "head_dims", "batches", "heads", "kv_heads", "dense_tail_blocks", "selectors", "seconds")
+    named = (
+        "lengths",
+        "densities",
+        "head_dims",
+        "batches",
+        "heads",
+        "kv_heads",
+        "dense_tail_blocks",
+        "selectors",
+        "portable",
+        "seconds",
+    )
     dtype = str(args.dtype).removeprefix("torch.")
     model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": backend.__name__}
     arguments = {name: getattr(args, name) for name in named}

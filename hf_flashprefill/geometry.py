@@ -64,6 +64,16 @@ class PrefillGeometry:
         """Most key blocks that query block number ``query_block`` (from 0) of any row can see."""
         return min(self.key_blocks, self.query_offset // self.block_size + query_block + 1)
 
+    def certain_blocks(self, query_block: int) -> int:
+        """Key blocks that every row of query block number ``query_block`` sees whole, as far as the host knows.
+
+        0 where a row may be no query.
+        """
+        own = self.query_offset // self.block_size + query_block
+        first, end = own * self.block_size, (own + 1) * self.block_size
+        is_full = self.valid_ranges is None and first >= self.query_offset and end <= self.query_offset + self.query_len
+        return own if is_full else 0
+
     def spans(self, device: torch.device) -> RowSpan:
         """All rows' spans as int64 tensors [B] on ``device``; a row without valid queries has query_end <= query_begin."""
         if self.valid_ranges is None:

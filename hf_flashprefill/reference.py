@@ -65,6 +65,21 @@ def block_energies(
     return torch.stack([(rows * math.log(2)).logsumexp(1) / math.log(2) for rows in per_block], dim=1)
 
 
+def longest_queries(queries: torch.Tensor, positions: torch.Tensor, query_stride: int, dtype: torch.dtype) -> torch.Tensor:
+    """Which query of every run of ``query_stride`` positions has the largest 2-norm, the last of equals: int64 [Hq, R'].
+
+    A long query can be certain of a key where a short one spreads its attention, and what is spread needs no block of its
+    own. What has no length, NaN, counts as the longest, so that attention shows it. Arguments as of ``probe_shares``.
+    """
+    lengths = torch.linalg.vector_norm(queries.to(dtype), dim=-1).nan_to_num(nan=math.inf, posinf=math.inf)
+    row, run = torch.arange(len(positions), device=queries.device), positions // query_stride
+    chosen = []
+    for members in (row[run == number] for number in run.unique()):
+        is_longest = lengths[:, members] == lengths[:, members].amax(1, keepdim=True)
+        chosen.append(torch.where(is_longest, members, -1).amax(1))
+    return torch.stack(chosen, 1)
+
+
 def probe_shares(
     queries: torch.Tensor,
     positions: torch.Tensor,
@@ -75,10 +90,10 @@ def probe_shares(
     scale: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log2 of the share that each probing query gives each pooled key [Hq, R', P], and the queries' positions [R'].
+    """log2 of the share that each probing query gives each pooled key [Hq, R', P], and the queries' positions [Hq, R'].
 
-    Every run of ``query_stride`` positions probes with its last query. A query sees a pooled key when it sees all of its
-    tokens; its shares are a softmax over the pooled keys it sees. Pairs that are not seen are -inf.
+    Every run of ``query_stride`` positions probes with its longest query, in each head. A query sees a pooled key when it
+    sees all of its tokens; its shares are a softmax over the pooled keys it sees. Pairs that are not seen are -inf.
 
     Args:
         queries: [Hq, R, D].
@@ -91,13 +106,11 @@ def probe_shares(
         dtype: The precision of the computation.
     """
     group = queries.shape[0] // pooled.shape[0]
-    run = positions // query_stride
-    is_last = torch.ones_like(run, dtype=torch.bool)
-    is_last[:-1] = run[1:] != run[:-1]
-    queries, positions = queries[:, is_last], positions[is_last]
+    probing = longest_queries(queries, positions, query_stride, dtype)
+    queries, positions = torch.take_along_dim(queries, probing[..., None], 1), positions[probing]
     logits = queries.to(dtype) @ pooled.to(dtype).repeat_interleave(group, 0).transpose(1, 2) * (scale * math.log2(math.e))
     last_token = torch.arange(1, pooled.shape[1] + 1, device=queries.device) * pool_size - 1
-    logits = logits.masked_fill(positions[:, None] < last_token.clamp(max=key_count - 1), -math.inf)
+    logits = logits.masked_fill(positions[..., None] < last_token.clamp(max=key_count - 1), -math.inf)
     # A query that sees no pooled key yet has no shares to give.
     sums = (logits * math.log(2)).logsumexp(-1, keepdim=True) / math.log(2)
     return (logits - sums.masked_fill(sums == -math.inf, 0.0)).masked_fill(sums == -math.inf, -math.inf), positions
@@ -108,10 +121,11 @@ def block_shares(
 ) -> torch.Tensor:
     """log2 of the largest share that a probing query of query block I gives a pooled key of block J: [Hq, M, N].
 
-    ``shares`` [Hq, R', P] and ``positions`` [R'] are those of ``probe_shares``; M counts from ``first_block``.
+    ``shares`` [Hq, R', P] and ``positions`` [Hq, R'] are those of ``probe_shares``; M counts from ``first_block``.
     """
     per_block = torch.stack([part.amax(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
-    blocks = positions // block_size - first_block
+    # Runs do not cross blocks, so the heads agree.
+    blocks = positions[0] // block_size - first_block
     return torch.stack([per_block[:, blocks == block].amax(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 
@@ -120,7 +134,7 @@ def block_masses(
 ) -> torch.Tensor:
     """Sum over block J's pooled keys of the shares that the probing queries of block I give, over those queries: [Hq, M, N]."""
     per_block = torch.stack([part.exp2().sum(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
-    blocks = positions // block_size - first_block
+    blocks = positions[0] // block_size - first_block
     return torch.stack([per_block[:, blocks == block].sum(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 

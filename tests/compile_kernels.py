@@ -90,10 +90,18 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "shares",
         shares._select_shares_kernel.warmup(
-            query, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2, *strides,
-            **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=4, STRIDE=8, TILE=TILE,
-            BLOCK_LIST=128, IS_RELATIVE=False, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
+            query, counts, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2,
+            *strides, **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=4, STRIDE=8,
+            TILE=TILE, BLOCK_LIST=128, IS_RELATIVE=False, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
             num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
+        ),
+    )  # fmt: skip
+
+    yield (
+        "longest_queries",
+        shares._longest_queries_kernel.warmup(
+            query, None, counts, *lengths, *strides, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK, STRIDE=8,
+            HAS_RANGES=False, num_warps=4, grid=(1,),
         ),
     )  # fmt: skip
 

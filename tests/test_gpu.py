@@ -7,7 +7,7 @@ from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_m
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.stats import LayerRecord
 from tests.inputs import Case, tiny_model
-from tests.tolerance import assert_no_worse_than_eager
+from tests.tolerance import assert_no_worse_than_eager, nearly_longest
 
 pytestmark = pytest.mark.gpu
 
@@ -109,6 +109,10 @@ def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     expected = reference.kept_blocks(scores, first_block, selector=selector, alpha=alpha, **forced)
     margin = scores - (scores.amax(-1, keepdim=True) if selector == "peak" else 0.0) - torch.tensor(alpha).log2()
     wrong = index.to_mask()[0] != expected
+    if query_stride > 1:
+        # Rounding may have chosen another query there.
+        is_close = torch.nn.functional.pad(nearly_longest(query[0], positions // query_stride), (96, 0))
+        wrong &= ~is_close.view(8, -1, 128).any(-1, keepdim=True)
     assert margin[wrong].abs().le(1e-3).all()
     assert 0.02 < expected.float().mean() < 0.6, "the threshold must have had something to decide"
 
@@ -227,10 +231,11 @@ def test_one_million_tokens(selector):
     shape = {"device": "cuda", "dtype": torch.bfloat16}
     query = torch.randn(1, tokens, heads, channels, **shape).transpose(1, 2)
     key, value = (torch.randn(1, key_heads, tokens, channels, **shape) for _ in range(2))
-    # The share selector asks the last query of every eight; its pools of keys are no longer. A block's energy is its mean's.
+    # The share selector asks the longest query of every eight; its pools of keys are no longer. A block's energy is its mean's.
     width = 8 if selector == "share" else 128
     rows = [(0, tokens - 513, 512 * 200), (31, 700_031, 512 * 3), (13, 131_071, 512 * 7), (20, tokens - 1, 512 * 1000)]
     for head, row, needle in rows:
+        query[0, head, row] *= 1.5
         key[0, head // 4, needle : needle + width] = 2 * query[0, head, row]
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -135,9 +135,11 @@ def float64_shares(query: np.ndarray, key: np.ndarray, offset: int, block_size: 
     last_token = [min(i + pool, len(key)) - 1 for i in range(0, len(key), pool)]
     tiles = (offset + len(query) - 1) // block_size - offset // block_size + 1
     shares = np.zeros((tiles, -(-len(key) // block_size)))
+    lengths = np.linalg.norm(query, axis=1)
     for row in range(len(query)):
         position = offset + row
-        if (position + 1) % stride and row + 1 < len(query):
+        run = [other for other in range(len(query)) if (offset + other) // stride == position // stride]
+        if row != max(run, key=lambda other: lengths[other]):
             continue
         seen = [i for i, last in enumerate(last_token) if last <= position]
         if not seen:

@@ -34,6 +34,20 @@ def logit_rounding(
     return products * (factor + (0 if dtype == torch.float32 else torch.finfo(dtype).eps))
 
 
+def nearly_longest(queries: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
+    """Runs in which rounding decides which of the [Hq, R, D] queries is the longest: bool [Hq, R], by query.
+
+    ``runs`` [R] are the queries' runs.
+    """
+    lengths = torch.linalg.vector_norm(queries.double(), dim=-1)
+    is_close = torch.zeros_like(lengths, dtype=torch.bool)
+    for number in runs.unique():
+        members = runs == number
+        best = lengths[:, members].topk(min(2, int(members.sum())), -1).values
+        is_close[:, members] = (best.shape[-1] == 2) & (best[:, -1:] > best[:, :1] * (1 - 1e-5))
+    return is_close
+
+
 def attention_rounding(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> float:
     """How far attention of [..., R, D] queries over [..., S, D] keys and values may err: by its logits, weights and result."""
     logits = logit_rounding(query, key.abs(), scale, 1, torch.float32).max().item()

@@ -89,17 +89,16 @@ def select_blocks(
     device, (batch, heads) = query.device, query.shape[:2]
     chosen = slice(first_query_block, first_query_block + query_blocks)
     rows, positions = blocked_queries(query, geometry)
-    rows, positions = rows[:, :, chosen], positions[:, chosen]
+    rows, positions = rows[:, :, chosen], positions[:, None, chosen]
     if query_stride > 1:
-        rows, positions = _probing_queries(rows, positions, query_stride)
+        rows, positions = _longest_queries(rows, positions, query_stride)
     span = geometry.spans(device)
     last_key = torch.arange(1, pooled.shape[2] + 1, device=device) * pool_size
     last_key = torch.minimum(last_key, span.key_end[:, None]) - 1
     # What begins after the row's end is seen by nobody.
     last_key = last_key.masked_fill(last_key < torch.arange(pooled.shape[2], device=device) * pool_size, geometry.kv_len)
     score = {"flashprefill": _block_energies, "topp": _block_masses}.get(selector, _block_shares)
-    bounds = [geometry.visible_blocks_bound(block) for block in range(chosen.start, chosen.stop)]
-    parts = _masked_logits(rows, positions, pooled, last_key, bounds, geometry.key_blocks, scale)
+    parts = _masked_logits(rows, positions, pooled, last_key, geometry, first_query_block, scale)
     scores = score(parts, (batch, heads, query_blocks, geometry.key_blocks), device)
 
     own = span.query_begin[:, None] // geometry.block_size + torch.arange(chosen.start, chosen.stop, device=device)
@@ -136,12 +135,16 @@ def _passing(scores: torch.Tensor, selector: str, alpha: float, visible: torch.T
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, passing.expand_as(order)) | scores.isnan()
 
 
-def _probing_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last real query of every run of ``query_stride``: [B, Hq, T, block_size, D] -> [B, Hq, T, runs, D], positions."""
-    runs = positions.unflatten(-1, (-1, query_stride))
-    last = runs.argmax(-1, keepdim=True)
-    place = (last.squeeze(-1) + torch.arange(runs.shape[2], device=rows.device) * query_stride)[:, None, :, :, None]
-    return torch.take_along_dim(rows, place, dim=3), runs.gather(-1, last).squeeze(-1)
+def _longest_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The longest real query of every run of ``query_stride``, as reference.longest_queries.
+
+    Rows [B, Hq, T, block_size, D] -> [B, Hq, T, runs, D], and positions [B, 1, T, block_size] -> [B, Hq, T, runs].
+    """
+    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
+    runs = lengths.masked_fill_(positions < 0, -1.0).unflatten(-1, (-1, query_stride))
+    place = torch.arange(rows.shape[3], device=rows.device).unflatten(0, (-1, query_stride))
+    place = torch.where(runs == runs.amax(-1, keepdim=True), place, -1).amax(-1)
+    return torch.take_along_dim(rows, place[..., None], dim=3), torch.take_along_dim(positions, place, dim=3)
 
 
 def _block_energies(parts: LogitParts, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -182,19 +185,19 @@ def _masked_logits(
     positions: torch.Tensor,
     pooled: torch.Tensor,
     last_key: torch.Tensor,
-    visible_blocks: list[int],
-    key_blocks: int,
+    geometry: PrefillGeometry,
+    first_query_block: int,
     scale: float,
 ) -> LogitParts:
     """Base-2 logits of blocked queries [B, Hq, T, R, D] and pooled keys [B, Hkv, P, D], some query blocks at a time.
 
     Args:
         rows: The queries.
-        positions: [B, T, R], theirs; -1 for a row that is no query.
+        positions: [B, Hq or 1, T, R], theirs; -1 for a row that is no query.
         pooled: The keys.
         last_key: [B, P], position of each pool's last token.
-        visible_blocks: Key blocks that each of the T query blocks sees at most, rising.
-        key_blocks: N.
+        geometry: Of the call.
+        first_query_block: The number of the first of the T query blocks in the call.
         scale: Multiplies query-key products.
 
     Yields:
@@ -204,12 +207,16 @@ def _masked_logits(
     batch, heads, tiles, count, _ = rows.shape
     key_heads, pools = pooled.shape[1:3]
     pooled = pooled.float().transpose(2, 3)
+    per_block = pools // geometry.key_blocks
     step = max(1, LOGITS_AT_ONCE // max(1, batch * heads * count * pools))
     for first in range(0, tiles, step):
-        part = slice(first, first + step)
-        blocks = visible_blocks[min(first + step, tiles) - 1]
-        seen_pools = blocks * (pools // key_blocks)
+        part = slice(first, min(first + step, tiles))
+        blocks = geometry.visible_blocks_bound(first_query_block + part.stop - 1)
+        certain = min(geometry.certain_blocks(first_query_block + tile) for tile in range(part.start, part.stop))
+        seen_pools, certain_pools = blocks * per_block, certain * per_block
         grouped = rows[:, :, part].float().mul(scale * math.log2(math.e)).unflatten(1, (key_heads, -1))
         logits = torch.matmul(grouped.flatten(2, 4), pooled[..., :seen_pools]).view(batch, heads, -1, count, seen_pools)
-        seen = positions[:, None, part, :, None] >= last_key[:, None, None, None, :seen_pools]
-        yield part, blocks, logits.masked_fill_(~seen, -math.inf).unflatten(-1, (blocks, -1))
+        doubtful = slice(certain_pools, seen_pools)
+        unseen = positions[:, :, part, :, None] < last_key[:, None, None, None, doubtful]
+        logits[..., doubtful].masked_fill_(unseen, -math.inf)
+        yield part, blocks, logits.unflatten(-1, (blocks, -1))

@@ -91,14 +91,20 @@ def _causal(logits, own_row, first_key, layout: gl.constexpr):
 
 
 @gluon.jit
-def _of_dropped(logits, marks_ptr, layout: gl.constexpr):
-    """Logits of block means without those of marked blocks; the pointer's first bit is the first mean's."""
-    BLOCKS: gl.constexpr = logits.shape[1]
+def _load_marks(marks_ptr, BLOCKS: gl.constexpr, layout: gl.constexpr):
+    """The word of each of BLOCKS blocks; the pointer's first bit is the first block's."""
     block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, layout))
     # A word for 32 blocks: one load serves all of a thread's columns in it.
     word = gl.load(marks_ptr)
     for i in gl.static_range(1, BLOCKS // 32):
         word = gl.where(block < 32 * i, word, gl.load(marks_ptr + i))
+    return word
+
+
+@gluon.jit
+def _of_dropped(logits, word, layout: gl.constexpr):
+    """Logits of block means without those of marked blocks; ``word`` is of ``_load_marks``."""
+    block = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, layout))
     return gl.where(((word >> (block % 32)) & 1 == 0)[None, :], logits, float("-inf"))
 
 
@@ -155,6 +161,9 @@ def _step(
     logits_layout: gl.constexpr = zeros.type.layout
     weights_layout: gl.constexpr = weights.type.layout
     result_layout: gl.constexpr = result.type.layout
+    if KIND == "means":
+        # Before the products, whose time hides the load's.
+        word = _load_marks(marks_ptr + first // 32, zeros.shape[1], logits_layout)
     logits_in_work, result_in_work = _issue_products(
         query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED, True
     )
@@ -163,7 +172,7 @@ def _step(
     if KIND == "own":
         logits = _causal(logits, limit, first, logits_layout)
     if KIND == "means":
-        logits = _of_dropped(logits, marks_ptr + first // 32, logits_layout)
+        logits = _of_dropped(logits, word, logits_layout)
     LOG2_KEYS: gl.constexpr = 7 if KIND == "means" else 0
     next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2, LOG2_KEYS)
     next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
@@ -205,7 +214,6 @@ def _compute(
     STEP: gl.constexpr = key_tiles.shape[3]
     HEAD_DIM: gl.constexpr = key_tiles.shape[4]
     PARTS: gl.constexpr = BLOCK // STEP
-    HAS_UNUSED: gl.constexpr = HAS_RANGES or HAS_MEANS
     dtype: gl.constexpr = query_tiles.dtype
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -245,13 +253,13 @@ def _compute(
             for step in range(1, PARTS):
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, marks, "own", HAS_UNUSED,
+                    step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, marks, "own", HAS_RANGES,
                 )  # fmt: skip
             for step in range(PARTS, listed_steps):
                 unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    0, 0, unused_from, scale_log2, marks, "listed", HAS_UNUSED,
+                    0, 0, unused_from, scale_log2, marks, "listed", HAS_RANGES,
                 )  # fmt: skip
             if HAS_MEANS:
                 marks += turn * marks_stride
@@ -260,7 +268,7 @@ def _compute(
                     weights, result, running_max, running_sum = _step(
                         query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
                         step + 1 == steps, (step - listed_steps) * STEP, 0, unused_from, scale_log2, marks, "means",
-                        HAS_UNUSED,
+                        HAS_RANGES,
                     )  # fmt: skip
             mbarrier.arrive(query_empty.index(buffer), count=1)
             done += steps
@@ -276,7 +284,7 @@ def _compute(
                 # The own block's mean and later ones are not even multiplied with weights of zero.
                 unused_from = gl.where(mean_steps > 0, own - (mean_steps - 1) * STEP, unused_from)
             logits_in_work, result_in_work = _issue_products(
-                query, weights, result, zeros, buffers, barriers, done, unused_from, HAS_UNUSED, is_more
+                query, weights, result, zeros, buffers, barriers, done, unused_from, HAS_RANGES or HAS_MEANS, is_more
             )
             logits = warpgroup_mma_wait(1, deps=[logits_in_work])
             mbarrier.arrive(key_empty.index(done % STAGES), count=1, pred=is_more)

@@ -39,6 +39,48 @@ def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.co
     return peaks, new_max, running_sum
 
 
+@triton.jit(do_not_specialize=["kv_len", "query_len", "query_offset", "first_query_block"])
+def _longest_queries_kernel(
+    query_ptr,
+    ranges_ptr,
+    positions_ptr,
+    kv_len,
+    query_len,
+    query_offset,
+    first_query_block,
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qs: tl.int64,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+):
+    """One program: where the longest query of every run of one query block stands, the last of equals; -1 without queries."""
+    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    SLOTS: tl.constexpr = BLOCK // STRIDE
+    start, query_begin, query_end, _ = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    own = query_begin // BLOCK + first_query_block + tile
+    position = own * BLOCK + tl.arange(0, BLOCK)
+    is_query = (position >= query_begin) & (position < query_end)
+    channels = tl.arange(0, BLOCK_D)
+    rows = (start - query_offset + position).to(tl.int64)
+    queries = tl.load(
+        query_ptr + batch * stride_qb + head * stride_qh + rows[:, None] * stride_qs + channels[None, :],
+        mask=is_query[:, None] & (channels < HEAD_DIM)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    lengths = tl.sum(queries * queries, 1)
+    # What has no length is NaN, and must show.
+    lengths = tl.where(is_query, tl.where(lengths == lengths, lengths, float("inf")), -1.0).reshape(SLOTS, STRIDE)
+    is_longest = lengths == tl.max(lengths, 1)[:, None]
+    candidates = tl.where(is_query, position, -1).reshape(SLOTS, STRIDE)
+    chosen = tl.max(tl.where(is_longest, candidates, -1), 1)
+    list_row = (batch * tl.num_programs(1) + head).to(tl.int64) * tl.num_programs(0) + tile
+    tl.store(positions_ptr + list_row * SLOTS + tl.arange(0, SLOTS), chosen)
+
+
 @triton.jit
 def _largest_shares(peaks_ptr, sums_ptr, blocks, own, width, SLOTS: tl.constexpr):
     """log2 of the largest share that any query of each list gives each block: [lists, blocks].
@@ -78,6 +120,7 @@ def _largest_shares(peaks_ptr, sums_ptr, blocks, own, width, SLOTS: tl.constexpr
 )
 def _select_shares_kernel(
     query_ptr,
+    positions_ptr,
     pooled_ptr,
     pooled_desc,
     ranges_ptr,
@@ -135,9 +178,14 @@ def _select_shares_kernel(
     row = tl.arange(0, ROWS)
     tile = row // (SLOTS * HEADS)
     head = first_head + row // SLOTS % HEADS
-    run_begin = (first_own + tile) * BLOCK + row % SLOTS * STRIDE
-    position = tl.minimum(run_begin + STRIDE, query_end) - 1
-    is_probe = (tile < QUERY_BLOCKS) & (first_tile + tile < tiles) & (run_begin < query_end) & (position >= query_begin)
+    is_row = (tile < QUERY_BLOCKS) & (first_tile + tile < tiles)
+    if STRIDE == 1:
+        position = (first_own + tile) * BLOCK + row % SLOTS
+        is_probe = is_row & (position >= query_begin) & (position < query_end)
+    else:
+        run = ((batch * heads + head).to(tl.int64) * tiles + first_tile + tile) * SLOTS + row % SLOTS
+        position = tl.load(positions_ptr + run, mask=is_row, other=-1)
+        is_probe = position >= 0
     channels = tl.arange(0, BLOCK_D)
     in_head = channels < HEAD_DIM
     query_rows = (start - query_offset + position).to(tl.int64)
@@ -223,6 +271,36 @@ def _select_shares_kernel(
     tl.store(counts_ptr + list_row, count, mask=is_list)
 
 
+def _longest_queries(
+    query: torch.Tensor, geometry: PrefillGeometry, query_stride: int, first_query_block: int, query_blocks: int
+) -> torch.Tensor:
+    """Positions of reference.longest_queries by query block and run: int32 [B, Hq, T, runs], -1 for a run without queries.
+
+    A pass of its own is bound by memory bandwidth, which the few warps of a probing program are too slow for.
+    """
+    batch, heads, query_len, head_dim = query.shape
+    shape = (batch, heads, query_blocks, geometry.block_size // query_stride)
+    positions = torch.empty(shape, dtype=torch.int32, device=query.device)
+    with launch_context(query):
+        _longest_queries_kernel[query_blocks, heads, batch](
+            query,
+            geometry.valid_ranges,
+            positions,
+            geometry.kv_len,
+            query_len,
+            geometry.query_offset,
+            first_query_block,
+            *query.stride()[:3],
+            HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK=geometry.block_size,
+            STRIDE=query_stride,
+            HAS_RANGES=geometry.valid_ranges is not None,
+            num_warps=4,
+        )
+    return positions
+
+
 def select_shares(
     query: torch.Tensor,
     pooled: torch.Tensor,
@@ -264,10 +342,14 @@ def select_shares(
     described = None
     if tiles.copy_engine and head_dim == block_d:
         described = TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim])
+    positions = None
+    if query_stride > 1:
+        positions = _longest_queries(query, geometry, query_stride, first_query_block, query_blocks)
     with launch_context(query):
         for first_part in range(0, parts, step):
             _select_shares_kernel[heads // head_set, min(step, parts - first_part), batch](
                 query,
+                positions,
                 pooled,
                 described,
                 geometry.valid_ranges,
