@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, SymmetricalLogLocator
 
 BLUE, ORANGE, GREY, INK = "#2b6cb0", "#c05621", "#9aa5b1", "#2d3748"
-SERIES = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#4a5568")
+SERIES = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#4a5568", "#d53f8c", "#0f766e", "#7f1d1d", "#90cdf4")
+# Beyond so many lines, the same colours with another marker.
+MARKERS = "os^D"
 # Right answers are paper; only what is lost takes ink.
 LOSSES = LinearSegmentedColormap.from_list("losses", ["#c0392b", "#f5b7a5", "#ffffff"])
 
@@ -183,7 +185,8 @@ def draw_selection(summary: list[dict]) -> Figure:
         for axis, field in zip(line, fields, strict=True):
             for number, name in enumerate(names):
                 chosen = [row for row in known if (row["selector"], row.get("length", 0)) == (name, length)]
-                _draw_curve(axis, chosen, field, SERIES[number % len(SERIES)])
+                marker = MARKERS[number // len(SERIES) % len(MARKERS)]
+                _draw_curve(axis, chosen, field, SERIES[number % len(SERIES)], marker)
             _selection_axis(axis, field, [row["density"] for row in known if row.get("length", 0) == length])
         if length:
             line[0].set_title(f"{tokens(length)} tokens", fontsize=9, loc="left")
@@ -191,11 +194,11 @@ def draw_selection(summary: list[dict]) -> Figure:
     return figure
 
 
-def _draw_curve(axis: Axes, rows: list[dict], field: str, colour: str) -> None:
+def _draw_curve(axis: Axes, rows: list[dict], field: str, colour: str, marker: str) -> None:
     rows = sorted((row for row in rows if row.get(field) is not None), key=lambda row: row["density"])
     if rows:
         factor = 1e3 if field == "operator_seconds" else 1
-        style = "o--" if rows[0]["selector"].startswith("oracle") else "o-"
+        style = marker + ("--" if rows[0]["selector"].startswith("oracle") else "-")
         values = [factor * row[field] for row in rows]
         axis.plot([row["density"] for row in rows], values, style, color=colour, lw=1.2, ms=3.5, label=rows[0]["selector"])
 

@@ -60,22 +60,23 @@ def exact_shares(
     queries = torch.take_along_dim(query, rows[:, None, :, None], dim=2).float() * scale
     queries = queries.unflatten(1, (key.shape[1], -1))
     token = torch.arange(geometry.key_blocks * geometry.block_size, device=query.device)
-    seen = (token <= positions[..., None]) & (positions < span.query_end[:, None])[..., None]
-    step = max(1, LOGITS_AT_ONCE // (seen.numel() * queries.shape[2]))
+    unseen = (token > positions[..., None]) | (positions >= span.query_end[:, None])[..., None]
+    step = max(1, LOGITS_AT_ONCE // (unseen.numel() * queries.shape[2]))
     parts = []
     for heads in range(0, key.shape[1], step):
         chosen = queries[:, heads : heads + step]
         # [B, h, G * R, D] x [B, h, D, Skv]: each key-value head is read once for its group of query heads.
         logits = chosen.flatten(2, 3) @ key[:, heads : heads + step].float().transpose(2, 3)
         logits = _on_block_grid(logits, geometry, token).unflatten(2, chosen.shape[2:4])
-        logits = logits.flatten(1, 2).masked_fill(~seen[:, None], float("-inf"))
-        total = logits.logsumexp(-1, keepdim=True)
+        logits = logits.flatten(1, 2).masked_fill_(unseen[:, None], float("-inf"))
+        # One pass in and one out; logsumexp and exp took seven over what is most of the audit's memory.
+        shares = logits.softmax(-1).unflatten(-1, (geometry.key_blocks, geometry.block_size)).sum(-1)
         if sinks is not None:
             column = sinks.float().unflatten(0, (key.shape[1], -1))[heads : heads + step].flatten()
-            total = torch.logaddexp(total, column[:, None, None])
-        shares = (logits - total).exp().masked_fill(~seen[:, None], 0)
-        parts.append(shares.unflatten(-1, (geometry.key_blocks, geometry.block_size)).sum(-1))
-    return torch.cat(parts, 1)
+            shares *= (logits.logsumexp(-1) - column[:, None]).sigmoid()[..., None]
+        parts.append(shares)
+    # A query that sees nothing has shares of NaN.
+    return torch.cat(parts, 1).masked_fill_(unseen.all(-1)[:, None, :, None], 0)
 
 
 def kept_shares(shares: torch.Tensor, positions: torch.Tensor, index: BlockIndex) -> torch.Tensor:

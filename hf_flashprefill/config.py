@@ -21,7 +21,7 @@ AUTO = "auto"
 
 # What None stands for in these fields. The published method keeps 256 tokens of sinks and 512 of window and has no correction
 # (arXiv 2603.06199, Table 9). The finer probes find by themselves what matters there; at 32K tokens the correction lowered the
-# rise of a trained model's perplexity from 1.47 to .42 % (benchmarks/results/selection-2026-11-25-cpu-32k).
+# rise of a trained model's perplexity from 1.18 to .35 % (benchmarks/results/selection-2026-11-25-h200-32k).
 OF_PUBLISHED_RULE = {"sink_blocks": 2, "window_blocks": 4, "correction": False}
 OF_FINER_PROBES = {"sink_blocks": 1, "window_blocks": 2, "correction": True}
 
@@ -34,8 +34,9 @@ class FlashPrefillConfig:
         alpha: The threshold on scores, from 0 to 1; 0 keeps every block, which is dense attention up to rounding. What
             it is compared with depends on the selector, so equal values of different selectors mean nothing.
         selector: The rule that scores key blocks for a query block and head.
-            ``"share"``: every ``query_stride``-th query spreads a softmax over all pooled keys it sees; a block's score is
-            the largest share that any of these queries gives any pooled key of the block; kept from ``alpha`` on.
+            ``"share"``: of every ``query_stride`` queries the one with the largest 2-norm spreads a softmax over all pooled
+            keys it sees; a block's score is the largest share that any of these queries gives any pooled key of the block;
+            kept from ``alpha`` on.
             ``"peak"``: the same score, kept from ``alpha`` times the query block's largest on.
             ``"flashprefill"``: the published rule (arXiv 2603.06199): energies of block means, summed over the block's
             queries, kept from ``alpha`` times the largest on.
@@ -44,7 +45,8 @@ class FlashPrefillConfig:
             probe estimates it, as long as they hold less than ``alpha`` of it together.
         pool_size: Tokens averaged into one pooled key by every selector but ``"flashprefill"``: 4, 8, 16 or 32. Half as many
             cost twice the time and find answers that a coarser pool averages away.
-        query_stride: Of how many queries one probes, for the same selectors: a power of two up to 64.
+        query_stride: Of how many queries one probes, for the same selectors: a power of two up to 64. It is the longest,
+            which can be certain of a key where shorter ones spread their attention.
         block_size: Tokens in a query block and in a key block, 64 or 128.
         sink_blocks: Blocks at the start of the prompt that are always kept, >= 0. None: 1, and 2 for ``"flashprefill"``.
         window_blocks: Blocks up to and including the query's own that are always kept, >= 1. None: 2, and 4 for
@@ -54,16 +56,15 @@ class FlashPrefillConfig:
         correction: Whether each dropped block takes part in the softmax through its mean key and mean value, weighted by its
             tokens (FlashPrefill V2). None: True, and False for ``"flashprefill"``, whose first version has no correction.
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0; or ``"auto"``: from where sparse
-            prefill was faster when ``warmup`` measured it on this machine, else 8192 tokens on Hopper GPUs and on CPUs and
-            16384 on other GPUs and for small layers. On one H200 the operator was 0.62 times as fast as cuDNN's dense
-            attention at 4096 tokens and 1.43 times at 8192; the other numbers are guesses.
+            prefill was faster when ``warmup`` measured it on this machine, else 12288 tokens on Hopper GPUs, 8192 on CPUs and
+            16384 on other GPUs and for small layers. On one H200 the operator was 0.94 times as fast as torch's dense
+            attention at 8192 tokens and 1.40 times at 12288; the other numbers are guesses.
         dense_layers: Layers, counted from 0, that stay dense.
         layer_alphas: One alpha for each layer of a model, as ``calibrate`` finds them; they replace ``alpha``. None: all
             layers have ``alpha``. The operator by itself knows no layers and takes ``alpha``.
         audit_rows: Query rows of each sparse call of a layer, spread over the prompt, that are compared with exact attention,
-            >= 0; ``prefill_stats`` says how much of their attention fell on dropped blocks. 0 compares none. The cost is a
-            product of so many rows with all keys: ``audit_rows / (density * tokens)`` of the sparse attention's own
-            arithmetic, 0.4 % for 16 rows at 8192 tokens and density .46, and one read of the keys.
+            >= 0; ``prefill_stats`` says how much of their attention fell on dropped blocks. 0 compares none. The cost grows
+            with rows times tokens; the work for all rows of a layer is bound by memory, not by arithmetic.
         audit_limit: Share of the attention, from 0 to 1, averaged over the audited rows and heads of a layer. A layer that
             drops more brings one warning.
         backend: ``"triton"`` (NVIDIA GPU), ``"torch"`` (any device), ``"reference"`` (the specification, slow), or

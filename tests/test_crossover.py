@@ -84,8 +84,8 @@ def test_where_sparse_never_won_it_stays_dense_as_far_as_was_looked(found, expec
 @pytest.mark.parametrize(
     ("capability", "shape", "expected"),
     [
-        ((9, 0), LLAMA, 8192),
-        ((9, 0), LLAMA._replace(heads=64, head_dim=64), 8192),
+        ((9, 0), LLAMA, 12288),
+        ((9, 0), LLAMA._replace(heads=64, head_dim=64), 12288),
         ((9, 0), LLAMA._replace(heads=14, head_dim=64), 16384),
         ((9, 0), LLAMA._replace(dtype=torch.float32), 16384),
         ((8, 0), LLAMA, 16384),

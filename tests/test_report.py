@@ -161,6 +161,9 @@ def test_lines_hold_the_values_of_the_rows():
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.25, 0.75], [0.375, 0.875]]
     assert figure.axes[1].lines[1].get_xydata().tolist() == [[0.25, 0.025], [0.375, 0.0125]]
     assert figure.axes[3].lines[1].get_xydata().tolist() == [[0.25, 2.5], [0.375, 1.25]]
+    many = [summary[0] | {"selector": f"selector {number}"} for number in range(24)]
+    lines = pictures.draw_selection(many).axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 24, "each line must be told from every other"
     # What was not measured has no panel; every length has a line of them.
     untimed = [row | {"operator_seconds": None, "length": n} for row in summary for n in (4096, 8192)]
     assert len(pictures.draw_selection(untimed).axes) == 6

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, reference
+from hf_flashprefill.backends.torch import select as torch_select
+from hf_flashprefill.backends.triton import shares as triton_shares
 from hf_flashprefill.functional import selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 from tests.inputs import UGLY_CASES, Case
@@ -150,6 +152,28 @@ def float64_shares(query: np.ndarray, key: np.ndarray, offset: int, block_size: 
             cell = position // block_size - offset // block_size, i * pool // block_size
             shares[cell] = max(shares[cell], share)
     return shares
+
+
+def test_every_backend_asks_the_longest_query_and_the_last_of_equals(device):
+    """Also among queries that are NaN, infinite or all alike, and in runs that are cut off at both ends."""
+    query = torch.randn(1, 2, 150, 24, device=device)
+    query[:, 0, 43:51] = 1.0
+    query[:, 0, 52, 3], query[:, 0, 54, 3] = math.inf, math.nan
+    query[:, 1, 90] *= 10
+    geometry = PrefillGeometry(1, 150, 235, 85, 64)
+    positions = torch.arange(85, 235, device=device)
+    expected = positions[reference.longest_queries(query[0], positions, 8, torch.float32)]
+    assert expected[0, 128 // 8 - 10] == 135
+    assert expected[0, 137 // 8 - 10] == 139
+    assert expected[1, 175 // 8 - 10] == 175
+
+    rows, places = torch_select.blocked_queries(query, geometry)
+    rows, places = torch_select._longest_queries(rows, places[:, None], 8)
+    used = places >= 0
+    assert torch.equal(places[used].view(2, -1), expected)
+    chosen = torch.take_along_dim(query[0], expected[..., None] - 85, 1)
+    torch.testing.assert_close(rows[used].view(2, -1, 24), chosen, equal_nan=True, atol=0, rtol=0)
+    assert torch.equal(triton_shares._longest_queries(query, geometry, 8, 0, geometry.query_blocks), places.int())
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])

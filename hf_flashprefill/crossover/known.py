@@ -26,9 +26,9 @@ NEVER = 1 << 40
 # What a measurement leaves out, it holds for; these settings decide what the operator costs.
 RULE_FIELDS = ("selector", "pool_size", "query_stride", "block_size", "correction", "backend")
 
-# Tokens. One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16: .62 times as fast as cuDNN's dense attention at
-# 4096 tokens, 1.43 times at 8192 (benchmarks/results/operator-2026-11-24-h200.json), with pools of 8 tokens and no correction.
-MEASURED_DEFAULTS = {9: 8192}
+# Tokens. One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, default settings, a GPU that waits for each launch:
+# .94 times as fast as dense attention at 8192 tokens, 1.40 times at 12288 (benchmarks/results/crossover-2026-11-25-h200.json).
+MEASURED_DEFAULTS = {9: 12288}
 MEASURED_WIDTH = 32 * 128
 # Not measured: GPUs of other generations, and layers that fill a GPU less or compute in float32. A guess to the safe side.
 UNMEASURED_GPU = 16384
