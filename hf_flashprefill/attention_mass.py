@@ -95,6 +95,8 @@ def kept_shares(shares: torch.Tensor, positions: torch.Tensor, index: BlockIndex
 def _on_block_grid(logits: torch.Tensor, geometry: PrefillGeometry, token: torch.Tensor) -> torch.Tensor:
     """Logits [B, h, rows, Skv] by the position from each batch row's first valid token, [B, h, rows, N * block_size]."""
     if geometry.valid_ranges is None:
-        return torch.nn.functional.pad(logits, (0, len(token) - geometry.kv_len))
+        # Padding by nothing would copy.
+        missing = len(token) - geometry.kv_len
+        return torch.nn.functional.pad(logits, (0, missing)) if missing else logits
     buffer = geometry.spans(logits.device).start[:, None] + token
     return torch.take_along_dim(logits, buffer.clamp(max=geometry.kv_len - 1)[:, None, None], dim=3)

@@ -161,12 +161,12 @@ def _step(
     logits_layout: gl.constexpr = zeros.type.layout
     weights_layout: gl.constexpr = weights.type.layout
     result_layout: gl.constexpr = result.type.layout
-    if KIND == "means":
-        # Before the products, whose time hides the load's.
-        word = _load_marks(marks_ptr + first // 32, zeros.shape[1], logits_layout)
     logits_in_work, result_in_work = _issue_products(
         query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED, True
     )
+    if KIND == "means":
+        # Between the products and the wait for them, which hides the load's.
+        word = _load_marks(marks_ptr + first // 32, zeros.shape[1], logits_layout)
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     if KIND == "own":
