@@ -65,13 +65,23 @@ def block_energies(
     return torch.stack([(rows * math.log(2)).logsumexp(1) / math.log(2) for rows in per_block], dim=1)
 
 
-def longest_queries(queries: torch.Tensor, positions: torch.Tensor, query_stride: int, dtype: torch.dtype) -> torch.Tensor:
-    """Which query of every run of ``query_stride`` positions has the largest 2-norm, the last of equals: int64 [Hq, R'].
+def comparable_lengths(queries: torch.Tensor) -> torch.Tensor:
+    """The squared 2-norms of queries [..., D] as integers [...] with eight significant bits, a bfloat16's.
+
+    A token has the same norm wherever it stands in a first layer, up to the rounding of its rotation: that must not decide
+    which query probes. What has no length, NaN, is as long as infinity.
+    """
+    squares = queries.float().square().sum(-1).nan_to_num(nan=math.inf, posinf=math.inf)
+    return (squares.view(torch.int32) + 0x8000) >> 16
+
+
+def longest_queries(queries: torch.Tensor, positions: torch.Tensor, query_stride: int) -> torch.Tensor:
+    """Which query of every run of ``query_stride`` positions is the longest, the last of equals: int64 [Hq, R'].
 
     A long query can be certain of a key where a short one spreads its attention, and what is spread needs no block of its
-    own. What has no length, NaN, counts as the longest, so that attention shows it. Arguments as of ``probe_shares``.
+    own. What is not finite counts as the longest, so that attention shows it. Arguments as of ``probe_shares``.
     """
-    lengths = torch.linalg.vector_norm(queries.to(dtype), dim=-1).nan_to_num(nan=math.inf, posinf=math.inf)
+    lengths = comparable_lengths(queries)
     row, run = torch.arange(len(positions), device=queries.device), positions // query_stride
     chosen = []
     for members in (row[run == number] for number in run.unique()):
@@ -106,7 +116,7 @@ def probe_shares(
         dtype: The precision of the computation.
     """
     group = queries.shape[0] // pooled.shape[0]
-    probing = longest_queries(queries, positions, query_stride, dtype)
+    probing = longest_queries(queries, positions, query_stride)
     queries, positions = torch.take_along_dim(queries, probing[..., None], 1), positions[probing]
     logits = queries.to(dtype) @ pooled.to(dtype).repeat_interleave(group, 0).transpose(1, 2) * (scale * math.log2(math.e))
     last_token = torch.arange(1, pooled.shape[1] + 1, device=queries.device) * pool_size - 1

@@ -35,16 +35,17 @@ def logit_rounding(
 
 
 def nearly_longest(queries: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:
-    """Runs in which rounding decides which of the [Hq, R, D] queries is the longest: bool [Hq, R], by query.
+    """Runs in which float32's rounding decides which of the [Hq, R, D] queries is the longest: bool [Hq, R], by query.
 
     ``runs`` [R] are the queries' runs.
     """
-    lengths = torch.linalg.vector_norm(queries.double(), dim=-1)
-    is_close = torch.zeros_like(lengths, dtype=torch.bool)
+    squares = queries.double().square().sum(-1)
+    least, most = (((squares * factor).float().view(torch.int32) + 0x8000) >> 16 for factor in (1 - 3e-6, 1 + 3e-6))
+    is_close = torch.zeros_like(squares, dtype=torch.bool)
     for number in runs.unique():
         members = runs == number
-        best = lengths[:, members].topk(min(2, int(members.sum())), -1).values
-        is_close[:, members] = (best.shape[-1] == 2) & (best[:, -1:] > best[:, :1] * (1 - 1e-5))
+        is_rival = most[:, members] >= least[:, members].amax(1, keepdim=True)
+        is_close[:, members] = (is_rival & (least != most)[:, members]).any(1, keepdim=True)
     return is_close
 
 

@@ -37,7 +37,7 @@ MARGIN = 0.95
 SECONDS = 0.05
 FEWEST_RUNS = 5
 # More than any cache holds. At an H200's bandwidth clearing them six times takes about 0.4 ms, in which the host launches: too
-# short for the eight launches of the defaults, which at 8192 tokens took .98 ms instead of the .66 of the stages alone.
+# short for the eight launches of the defaults, which at 8192 tokens took .98 ms instead of the .63 of the stages alone.
 QUEUE_BYTES = 256 << 20
 CLEARINGS = 24
 

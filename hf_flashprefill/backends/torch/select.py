@@ -140,8 +140,10 @@ def _longest_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: 
 
     Rows [B, Hq, T, block_size, D] -> [B, Hq, T, runs, D], and positions [B, 1, T, block_size] -> [B, Hq, T, runs].
     """
-    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).nan_to_num_(nan=math.inf, posinf=math.inf)
-    runs = lengths.masked_fill_(positions < 0, -1.0).unflatten(-1, (-1, query_stride))
+    squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().nan_to_num_(nan=math.inf, posinf=math.inf)
+    # Eight significant bits, as reference.comparable_lengths.
+    lengths = (squares.view(torch.int32) + 0x8000) >> 16
+    runs = lengths.masked_fill_(positions < 0, -1).unflatten(-1, (-1, query_stride))
     place = torch.arange(rows.shape[3], device=rows.device).unflatten(0, (-1, query_stride))
     place = torch.where(runs == runs.amax(-1, keepdim=True), place, -1).amax(-1)
     return torch.take_along_dim(rows, place[..., None], dim=3), torch.take_along_dim(positions, place, dim=3)

@@ -71,9 +71,12 @@ def _longest_queries_kernel(
         mask=is_query[:, None] & (channels < HEAD_DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
-    lengths = tl.sum(queries * queries, 1)
+    squares = tl.sum(queries * queries, 1)
     # What has no length is NaN, and must show.
-    lengths = tl.where(is_query, tl.where(lengths == lengths, lengths, float("inf")), -1.0).reshape(SLOTS, STRIDE)
+    squares = tl.where(squares == squares, squares, float("inf"))
+    # Eight significant bits, as reference.comparable_lengths.
+    lengths = (squares.to(tl.int32, bitcast=True) + 0x8000) >> 16
+    lengths = tl.where(is_query, lengths, -1).reshape(SLOTS, STRIDE)
     is_longest = lengths == tl.max(lengths, 1)[:, None]
     candidates = tl.where(is_query, position, -1).reshape(SLOTS, STRIDE)
     chosen = tl.max(tl.where(is_longest, candidates, -1), 1)
