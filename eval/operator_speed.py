@@ -17,11 +17,12 @@ a function without arguments that does the work; ``index`` is the imposed BlockI
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -178,6 +179,18 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
     return row
 
 
+@contextlib.contextmanager
+def portable_attention() -> Iterator[None]:
+    """Inside, Hopper GPUs attend with the portable Triton kernel, too."""
+    from hf_flashprefill.backends import triton
+
+    hopper, triton.attend_hopper = triton.attend_hopper, None
+    try:
+        yield
+    finally:
+        triton.attend_hopper = hopper
+
+
 def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
     """Heads, device and dtype of random tensors, and the backend that works on them."""
     parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
@@ -232,6 +245,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if "=" not in peer or not Path(peer.partition("=")[2]).is_file():
             raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
     check_tensor_arguments(args)
+    if args.portable and args.device.type != "cuda":
+        raise common.UsageError(f"--portable must come with a GPU, got --device {args.device}")
     args.config = FlashPrefillConfig(alpha=1.0, correction=args.correction, pool_size=args.pool_size)
     if args.baselines is None:
         on_gpu = args.device.type == "cuda"
@@ -257,17 +272,13 @@ def table(rows: list[dict], selectors: list[str]) -> str:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     check_arguments(args)
-    if args.portable:
-        from hf_flashprefill.backends import triton
-
-        triton.attend_hopper = None
     backend = resolve_backend(args.backend, torch.empty(1, args.heads, 1, 64, dtype=args.dtype, device=args.device))
     shapes = [
         (length, density, head_dim, batch)
         for head_dim, batch in itertools.product(args.head_dims, args.batches)
         for length, density in zip(args.lengths, args.densities, strict=True)
     ]
-    with torch.no_grad():
+    with torch.no_grad(), portable_attention() if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1

@@ -69,7 +69,8 @@ def exact_shares(
         logits = chosen.flatten(2, 3) @ key[:, heads : heads + step].float().transpose(2, 3)
         logits = _on_block_grid(logits, geometry, token).unflatten(2, chosen.shape[2:4])
         logits = logits.flatten(1, 2).masked_fill_(unseen[:, None], float("-inf"))
-        # One pass in and one out; logsumexp and exp took seven over what is most of the audit's memory.
+        # Logits are most of the work's memory: with logsumexp and exp in place of softmax 16 rows of 32K tokens took 145 ms
+        # instead of 72 (two CPU cores, 8 query heads, 2 key-value heads, head_dim 64).
         shares = logits.softmax(-1).unflatten(-1, (geometry.key_blocks, geometry.block_size)).sum(-1)
         if sinks is not None:
             column = sinks.float().unflatten(0, (key.shape[1], -1))[heads : heads + step].flatten()

@@ -64,7 +64,7 @@ class FlashPrefillConfig:
             layers have ``alpha``. The operator by itself knows no layers and takes ``alpha``.
         audit_rows: Query rows of each sparse call of a layer, spread over the prompt, that are compared with exact attention,
             >= 0; ``prefill_stats`` says how much of their attention fell on dropped blocks. 0 compares none. The cost grows
-            with rows times tokens; the work for all rows of a layer is bound by memory, not by arithmetic.
+            with rows times tokens, and the keys are read once more.
         audit_limit: Share of the attention, from 0 to 1, averaged over the audited rows and heads of a layer. A layer that
             drops more brings one warning.
         backend: ``"triton"`` (NVIDIA GPU), ``"torch"`` (any device), ``"reference"`` (the specification, slow), or

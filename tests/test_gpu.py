@@ -235,6 +235,7 @@ def test_one_million_tokens(selector):
     width = 8 if selector == "share" else 128
     rows = [(0, tokens - 513, 512 * 200), (31, 700_031, 512 * 3), (13, 131_071, 512 * 7), (20, tokens - 1, 512 * 1000)]
     for head, row, needle in rows:
+        # Longer than any other of its run.
         query[0, head, row] *= 1.5
         key[0, head // 4, needle : needle + width] = 2 * query[0, head, row]
     torch.cuda.synchronize()

@@ -35,6 +35,8 @@ def test_a_peer_is_timed_on_the_same_tensors_and_lists(tmp_path):
     assert json.loads((tmp_path / "operator.json").read_text())["rows"][0]["speedup_over_mine"] > 0
     with pytest.raises(common.UsageError, match="--peer"):
         operator_speed.main([*arguments, "--peer", "mine=nowhere.py"])
+    with pytest.raises(common.UsageError, match="--portable must come with a GPU"):
+        operator_speed.main([*arguments, "--portable"])
 
 
 def test_a_failing_gate_prints_no_speed(monkeypatch, capsys, tmp_path):

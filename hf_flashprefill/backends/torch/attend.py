@@ -31,8 +31,8 @@ def attend_blocks(
 
     Lists are worked through in groups of equal length, so no gathered block is wasted. Only a list's last block, the
     query block's own, needs the causal mask. Sinks and the means of dropped blocks are further columns of the softmax. What
-    is added to their logits stands in a channel of its own, where queries hold 1: as a mask it would be one
-    per list, twice as many numbers as the gathered keys and values.
+    is added to their logits stands in a channel of its own, where queries hold 1: as a mask it would be one per list, twice as
+    many numbers as the gathered keys and values.
 
     Args:
         query: [B, Hq, Sq, D].

@@ -277,10 +277,9 @@ def _select_shares_kernel(
 def _longest_queries(
     query: torch.Tensor, geometry: PrefillGeometry, query_stride: int, first_query_block: int, query_blocks: int
 ) -> torch.Tensor:
-    """Positions of reference.longest_queries by query block and run: int32 [B, Hq, T, runs], -1 for a run without queries.
-
-    A pass of its own is bound by memory bandwidth, which the few warps of a probing program are too slow for.
-    """
+    """Positions of reference.longest_queries by query block and run: int32 [B, Hq, T, runs], -1 for a run without queries."""
+    # A pass of its own: found by the few warps of each probing program they made the selection take 0.55 instead of 0.42 ms at
+    # 32K tokens (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16).
     batch, heads, query_len, head_dim = query.shape
     shape = (batch, heads, query_blocks, geometry.block_size // query_stride)
     positions = torch.empty(shape, dtype=torch.int32, device=query.device)
