@@ -24,8 +24,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
 from .marks import mark_kept
-from .primitives import copy_engine_takes, launch_context
-from .tuning import hopper_tiles
+from .primitives import copy_engine_takes, launch_context, multiprocessors
+from .tuning import heads_per_program, hopper_tiles
 
 # Triton renamed the copy; 3.6 knows the one name only, 3.9 the other.
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -536,7 +536,7 @@ def attend_blocks(
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
-    head_count = tiles.heads_per_program if heads % tiles.heads_per_program == 0 else 1
+    head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query))
     marks = None if means is None else mark_kept(index)
     with launch_context(query):
         _attend_hopper_kernel[index.query_blocks * heads // head_count * batch,](
