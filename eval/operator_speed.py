@@ -37,6 +37,7 @@ from eval import common
 from eval.pictures import draw_operator
 from eval.schema import Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
+from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import POOL_SIZES, SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, median_ms
 from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
@@ -114,7 +115,8 @@ def passes_gate(backend: Any, head_dim: int, args: argparse.Namespace) -> bool:
 def stage_runs(
     backend: Any, tensors: Tensors, index: BlockIndex, config: FlashPrefillConfig, scale: float
 ) -> dict[str, Callable[[], Any]]:
-    """The stages of the operator as functions without arguments: pool, select, attend, and operator, all of them in turn.
+    """The stages of the operator as functions without arguments: pool, select, attend, operator, which is all of them in turn,
+    and audit, if the config asks for audited rows.
 
     What is attended are the lists of ``index``, whatever ``select`` finds.
     """
@@ -143,7 +145,13 @@ def stage_runs(
         select(pool()[0])
         attend()
 
-    return {stage.__name__: stage for stage in (pool, select, attend, operator)}
+    def audit() -> torch.Tensor:
+        rows = RowAudit(query, key, rows=config.audit_rows, scale=scale)
+        rows.add_index(index)
+        return rows.dropped()
+
+    stages = (pool, select, attend, operator, audit) if config.audit_rows else (pool, select, attend, operator)
+    return {stage.__name__: stage for stage in stages}
 
 
 def measure(length: int, density: float, head_dim: int, batch: int, args: argparse.Namespace) -> dict:
@@ -228,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="attend with the means of dropped blocks, too (default: as the selector does)",
     )
+    parser.add_argument("--audit-rows", type=int, default=0, help="time the audit of this many rows, too (default: none)")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
     add_tensor_arguments(parser)
@@ -247,7 +256,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_tensor_arguments(args)
     if args.portable and args.device.type != "cuda":
         raise common.UsageError(f"--portable must come with a GPU, got --device {args.device}")
-    args.config = FlashPrefillConfig(alpha=1.0, correction=args.correction, pool_size=args.pool_size)
+    try:
+        args.config = FlashPrefillConfig(
+            alpha=1.0, correction=args.correction, pool_size=args.pool_size, audit_rows=args.audit_rows
+        )
+    except ValueError as error:
+        raise common.UsageError(common.first_line(error)) from None
     if args.baselines is None:
         on_gpu = args.device.type == "cuda"
         args.baselines = ["sdpa_cudnn", "sdpa_flash"] if on_gpu and args.dtype != torch.float32 else ["sdpa"]
@@ -295,6 +309,7 @@ def main(argv: list[str]) -> int:
         "kv_heads",
         "dense_tail_blocks",
         "selectors",
+        "audit_rows",
         "portable",
         "seconds",
     )

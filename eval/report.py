@@ -2,9 +2,9 @@
 
     python -m eval.report results/*.json --output results/report.html
 
-Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, calibrate, ttft, operator_speed and layout_speed,
-of one run or of many; several of one kind are shown one after the other. Pictures are inside the page and, for other uses, in a
-folder beside it.
+Files of eval.needle, recall, perplexity, ruler, lm_eval_adapter, selection, calibrate, ttft, vllm_ttft, operator_speed and
+layout_speed, of one run or of many; several of one kind are shown one after the other. Pictures are inside the page and, for
+other uses, in a folder beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval import calibrate, common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler, selection
+from eval import calibrate, common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler, selection, vllm_ttft
 from hf_flashprefill import LayerStats, PrefillStats
 from hf_flashprefill.plotting import plot_density
 
@@ -161,6 +161,12 @@ KINDS = {
         ttft_table,
         lambda record: [Picture("ttft", pictures.draw_ttft(record["rows"]), "Time and speed-up against prompt length.")],
     ),
+    "vllm_ttft": Kind(
+        "Time to the first token inside vLLM",
+        "Medians. Unpatched is vLLM's own FlashAttention backend.",
+        vllm_ttft.table,
+        lambda record: [],
+    ),
     "operator_speed": Kind(
         "Operator",
         "Pool, select and attend together, against dense attention on the same tensors.",
@@ -201,7 +207,7 @@ def describe_run(record: dict, path: Path) -> str:
     """Model, device, settings, commit and file of a run in one line."""
     model, environment, config = record.get("model"), record.get("environment", {}), record.get("config") or {}
     parts = [model["name"] if isinstance(model, dict) else model, environment.get("device")]
-    if record["harness"] not in ("selection", "ttft", "operator_speed", "layout_speed") and config:
+    if record["harness"] not in ("selection", "ttft", "vllm_ttft", "operator_speed", "layout_speed") and config:
         parts.append(common.describe(config))
     parts += [environment.get("time"), f"commit {environment['commit']}" if environment.get("commit") else None, path.name]
     return " · ".join(str(part) for part in parts if part)

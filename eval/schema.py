@@ -3,7 +3,7 @@
 | field | holds |
 |---|---|
 | `schema_version` | 1; a change that old readers would misread raises it |
-| `harness` | `needle`, `recall`, `selection`, `calibrate`, `perplexity`, `ruler` or `lm_eval` |
+| `harness` | `needle`, `recall`, `selection`, `calibrate`, `perplexity`, `ruler`, `lm_eval`, `vllm_ttft` or another command |
 | `environment` | time (UTC), device, threads (CPU only), processes, commit, and versions of Python and the libraries |
 | `model` | name, parameters, dtype, and the attention implementation that dense calls go to |
 | `config` | the FlashPrefillConfig of the patched state, every field; null is what suits each curve's selector |

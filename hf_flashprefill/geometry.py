@@ -77,10 +77,11 @@ class PrefillGeometry:
     def spans(self, device: torch.device) -> RowSpan:
         """All rows' spans as int64 tensors [B] on ``device``; a row without valid queries has query_end <= query_begin."""
         if self.valid_ranges is None:
-            start = torch.zeros(self.batch, dtype=torch.int64, device=device)
-            end = start + self.kv_len
-        else:
-            start, end = self.valid_ranges.to(device=device, dtype=torch.int64).unbind(1)
+            # Numbers worked out here: on a GPU each operation is a launch, and an audit needs the spans of every layer often.
+            query_end = min(self.kv_len, self.query_offset + self.query_len)
+            numbers = {"start": 0, "query_begin": self.query_offset, "query_end": query_end, "key_end": self.kv_len}
+            return RowSpan(**{n: torch.full((self.batch,), x, dtype=torch.int64, device=device) for n, x in numbers.items()})
+        start, end = self.valid_ranges.to(device=device, dtype=torch.int64).unbind(1)
         return RowSpan(
             start=start,
             query_begin=(self.query_offset - start).clamp(min=0),

@@ -26,3 +26,12 @@ def test_padding_does_not_move_a_row_on_its_grid():
     padded = PrefillGeometry(1, 400, 400, 0, 128, torch.tensor([[100, 400]])).row_spans()[0]
     assert padded[1:] == alone[1:]
     assert padded.start == 100
+
+
+@pytest.mark.parametrize("query_len", [1, 300, 512])
+def test_spans_without_padding_are_those_of_full_ranges(query_len):
+    plain = PrefillGeometry(2, query_len, 512, 512 - query_len, 128)
+    padded = PrefillGeometry(2, query_len, 512, 512 - query_len, 128, torch.tensor([[0, 512]] * 2))
+    for ours, theirs in zip(plain.spans(torch.device("cpu")), padded.spans(torch.device("cpu")), strict=True):
+        assert ours.dtype == theirs.dtype == torch.int64
+        assert torch.equal(ours, theirs)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval import common, layout_speed, operator_speed, train_recall, ttft
+from eval import common, layout_speed, operator_speed, train_recall, ttft, vllm_ttft
 from eval.haystack import standard_library_text
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 
@@ -21,6 +21,16 @@ def test_operator_speed_measures_and_records(tmp_path, capsys):
     assert row["index_share_share"] == pytest.approx(index_ms / (index_ms + row["attend_share"]["median_ms"]))
     assert row["speedup_over_sdpa"] == pytest.approx(row["sdpa"]["median_ms"] / row["operator_share"]["median_ms"])
     assert last_line == [{"length": 1024, "speedup_over_sdpa": round(row["speedup_over_sdpa"], 3)}]
+
+
+def test_operator_speed_times_an_audit(tmp_path):
+    path = tmp_path / "operator.json"
+    arguments = ["--lengths", "512", "--seconds", "0.01", "--device", "cpu", "--output", str(path)]
+    assert operator_speed.main([*arguments, "--audit-rows", "4"]) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert row["audit_share"]["median_ms"] > 0
+    with pytest.raises(common.UsageError, match="audit_rows must be"):
+        operator_speed.main([*arguments, "--audit-rows", "-1"])
 
 
 def test_a_peer_is_timed_on_the_same_tensors_and_lists(tmp_path):
@@ -107,7 +117,16 @@ def test_ttft_counts_and_compares(tmp_path):
         assert row["attention_s"][state] == pytest.approx(row[state]["median_s"] - row["free_attention"]["median_s"])
 
 
-@pytest.mark.parametrize("arguments", [["--density", "2"], ["--density", "published", "--lengths", "1000"], ["--repeats", "0"]])
+REFUSED = [["--density", "2"], ["--density", "published", "--lengths", "1000"], ["--repeats", "0"]]
+
+
+@pytest.mark.parametrize("arguments", [*REFUSED, ["--chunks", "-1"], ["--set", "alpha=7"]])
+def test_vllm_ttft_refuses(arguments):
+    with pytest.raises(common.UsageError, match=r"--density|--repeats|--chunks|alpha must be from 0 to 1, got 7"):
+        vllm_ttft.main(arguments)
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
 def test_ttft_refuses(arguments):
     with pytest.raises(common.UsageError, match=arguments[0]):
         ttft.main(arguments)

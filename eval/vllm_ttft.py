@@ -1,0 +1,187 @@
+"""Time to the first token inside vLLM: its own FlashAttention backend against the plugin, on random weights of a real shape.
+
+    python -m eval.vllm_ttft --shape llama-3.1-8b --lengths 32768 65536 131072 --chunks 8192 0
+
+Engines run in this process, one after the other, with prefix caching on and every prompt new to it. ``--chunks`` are the most
+prompt tokens in one engine step; 0 is the whole prompt. Random weights attend to everything alike, so a density is imposed as
+by ``eval.ttft``: a wide local window at alpha 1. The density is what the engine counts; in chunks each chunk has query
+blocks attended in full of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eval import common
+from eval.schema import Result
+from eval.ttft import SHAPES, config_for_density, densities_of
+from hf_flashprefill import FlashPrefillConfig
+
+STATS = "hf_flashprefill.integrations.vllm.stats.StatsExtension"
+
+
+def in_engine(folder: str, longest: int, chunk: int, memory: float, config: FlashPrefillConfig | None, work: Callable) -> Any:
+    """What ``work`` makes of a vLLM engine in this process with weights made up by vLLM: the plugin's with ``config``, else
+    FlashAttention's. The engine's memory is free again when this returns."""
+    if not torch.cuda.is_available():
+        raise common.UsageError("an NVIDIA GPU is needed: the plugin stands on vLLM's FlashAttention")
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options: dict[str, Any] = {"attention_backend": "FLASH_ATTN"}
+    if config is not None:
+        # The crossover of transformers' layers is not vLLM's.
+        settings = {name: value for name, value in config.to_dict().items() if name != "min_seq_len"}
+        ours = {"additional_config": {"flashprefill": settings}, "worker_extension_cls": STATS}
+        options = {"attention_backend": "CUSTOM", **ours}
+    llm = LLM(
+        folder,
+        dtype="bfloat16",
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=longest + 16,
+        max_num_batched_tokens=chunk or longest + 16,
+        gpu_memory_utilization=memory,
+        enforce_eager=True,
+        disable_log_stats=True,
+        **options,
+    )
+    try:
+        return work(llm)
+    finally:
+        # The cache and the weights hang on layers that vLLM keeps in its global state, too.
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def first_token_seconds(llm, length: int, vocabulary: int, repeats: int) -> list[float]:
+    """Wall times of requests for one token, each of a new random prompt."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    seconds = []
+    for repeat in range(repeats + 1):
+        generator = torch.Generator().manual_seed(1000 * repeat + length)
+        prompt = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+        started = time.perf_counter()
+        (answer,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        seconds.append(time.perf_counter() - started)
+        if answer.num_cached_tokens:
+            raise RuntimeError(f"{answer.num_cached_tokens} tokens came from the prefix cache")
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """The first call apart from the others, as ``eval.ttft`` has it."""
+    later = seconds[1:]
+    return {"first_call_s": seconds[0], "median_s": statistics.median(later), "min_s": min(later), "max_s": max(later)}
+
+
+def measure(folder: str, vocabulary: int, chunk: int, configs: dict[int, FlashPrefillConfig], args) -> Iterator[dict]:
+    """A row per length of one chunk size: one stock engine for all, then an engine of ours for each length's settings."""
+    longest = max(configs)
+
+    def ask_stock(llm) -> dict[int, list[float]]:
+        return {length: first_token_seconds(llm, length, vocabulary, args.repeats) for length in configs}
+
+    def ask_ours(llm) -> tuple[list[float], dict]:
+        # vLLM tries out the largest batch when it starts.
+        llm.collective_rpc("flashprefill_reset")
+        seconds = first_token_seconds(llm, length, vocabulary, args.repeats)
+        (counted,) = llm.collective_rpc("flashprefill_stats")
+        return seconds, counted
+
+    stock = in_engine(folder, longest, chunk, args.memory, None, ask_stock)
+    for length, config in configs.items():
+        seconds, counted = in_engine(folder, longest, chunk, args.memory, config, ask_ours)
+        row = {"length": length, "chunk": chunk or length, "density": counted["density"], "settings": config.to_dict()}
+        row |= {"sparse_calls": counted["sparse_calls"], "dense_calls": counted["layers"][0]["dense_calls"]}
+        row |= {"unpatched": spread(stock[length]), "patched": spread(seconds)}
+        yield row | {"speedup": row["unpatched"]["median_s"] / row["patched"]["median_s"]}
+
+
+def table(record: dict) -> str:
+    """What the command prints of its JSON."""
+    header = ["tokens", "tokens a step", "density", "FlashAttention s", "ours s", "speed-up"]
+    cells = [
+        [
+            *(str(row["length"]), str(row["chunk"]), common.format_density(row["density"])),
+            *(f"{row[state]['median_s']:.3f}" for state in ("unpatched", "patched")),
+            f"{row['speedup']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    return common.format_table(header, cells)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = common.Parser("vllm_ttft", __doc__)
+    common.add_config_arguments(parser, min_seq_len=FlashPrefillConfig().min_seq_len)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b", help="default: %(default)s")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072], help="tokens (default: %(default)s)")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 0], help="tokens a step, 0: all (default: %(default)s)")
+    parser.add_argument("--density", default="published", help="a number, or the papers' at each length (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="measured requests after the first (default: %(default)s)")
+    parser.add_argument("--memory", type=float, default=0.8, help="share of the GPU's memory to use (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("results/vllm-ttft.json"), help="JSON file (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    if args.repeats < 1:
+        raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    if min(args.lengths) < 1 or min(args.chunks) < 0:
+        raise common.UsageError(f"--lengths and --chunks must be positive, got {args.lengths} and {args.chunks}")
+    base = common.given_config(args).resolved()
+    densities = densities_of(args)
+    # Engines of this process, whose counters we ask; vLLM reads it when it is imported.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    try:
+        import vllm
+    except ImportError as error:
+        raise common.UsageError(f"vLLM is needed: {common.first_line(error)}") from None
+    from hf_flashprefill.integrations.vllm import register
+
+    # Where the package is not installed but on the path, nothing else would.
+    register()
+    shape = SHAPES[args.shape]()
+    configs = {n: config_for_density(base, n, density) for n, density in zip(args.lengths, densities, strict=True)}
+    arguments = {name: getattr(args, name) for name in ("lengths", "chunks", "density", "repeats", "memory")}
+    identity = {"name": args.shape, "parameters": 0, "dtype": "bfloat16", "base_implementation": "vLLM FLASH_ATTN"}
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        shape.architectures = [type(shape).__name__.replace("Config", "ForCausalLM")]
+        shape.save_pretrained(folder)
+        progress = tqdm(total=len(args.chunks) * len(args.lengths), desc="vllm_ttft", unit="row")
+        for chunk in args.chunks:
+            for row in measure(folder, shape.vocab_size, chunk, configs, args):
+                rows.append(row)
+                progress.update()
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                environment = common.environment(device) | {"vllm": vllm.__version__}
+                Result("vllm_ttft", environment, identity, base.to_dict(), arguments, [], rows).write(args.output)
+    print(table({"rows": rows}))
+    print(f"wrote {args.output}")
+    print(json.dumps([{"length": r["length"], "chunk": r["chunk"], "speedup": round(r["speedup"], 3)} for r in rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(common.run_command(main))
