@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from transformers import Cache
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference, warmup
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.stats import LayerRecord
+from hf_flashprefill.support.families import FAMILIES
+from hf_flashprefill.support.matrix import check_column
 from tests.inputs import Case, tiny_model
 from tests.tolerance import assert_no_worse_than_eager, nearly_longest
 
@@ -261,10 +264,23 @@ def test_one_million_tokens(selector):
         torch.testing.assert_close(output[0, head, row].double(), exact, atol=5e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.fixture
+def waiting_fetches(monkeypatch):
+    """transformers' offloaded caches without their race."""
+    fetch = Cache.prefetch
+
+    def fetch_what_has_arrived(*args, **kwargs):
+        # transformers 5.17 fetches on a stream of its own, which does not wait for the copy to the host to end.
+        torch.cuda.synchronize()
+        return fetch(*args, **kwargs)
+
+    monkeypatch.setattr(Cache, "prefetch", fetch_what_has_arrived)
+
+
+@pytest.mark.parametrize("cache", [None, "static", "offloaded", "offloaded_static"])
 @torch.no_grad()
-def test_generate_gives_the_tokens_of_the_unpatched_model(cache):
-    """A static cache compiles the decode steps, which must neither break nor be counted."""
+def test_generate_gives_the_tokens_of_the_unpatched_model(cache, waiting_fetches):
+    """A static cache compiles the decode steps, which must neither break nor be counted; an offloaded one needs a GPU."""
     model = tiny_model(head_dim=64).cuda()
     ids = torch.randint(3, 199, (2, 400), device="cuda")
     mask = torch.ones_like(ids)
@@ -275,6 +291,8 @@ def test_generate_gives_the_tokens_of_the_unpatched_model(cache):
         "pad_token_id": 0,
         "attention_mask": mask,
         "cache_implementation": cache,
+        # torch 2.11 crashes where it compiles transformers' copies between streams, unpatched as well.
+        "disable_compile": cache == "offloaded_static",
     }
     expected = model.generate(ids, **settings)
     patch_model(model, alpha=0, min_seq_len=64)
@@ -282,3 +300,15 @@ def test_generate_gives_the_tokens_of_the_unpatched_model(cache):
     stats = prefill_stats(model)
     assert stats.sparse_calls == 2
     assert set(stats.dense_calls) <= {"decode"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_offloaded_cache_answers_as_unpatched(family, waiting_fetches):
+    """The support matrix's one row that no CPU can run: sparse where ``generate`` without it is."""
+    with torch.device("cuda"):
+        cells = check_column(family, "sdpa", ["generate", "generate_offloaded"])
+    plain, offloaded = cells["generate"], cells["generate_offloaded"]
+    print(family, plain.verdict, offloaded.verdict, offloaded.not_run)
+    assert offloaded.wrong is None, offloaded.wrong
+    if offloaded.not_run is None:
+        assert offloaded.verdict == plain.verdict

@@ -55,8 +55,9 @@ def _situation(title: str, **traits) -> Callable:
 
 
 def prompt(batch: int = 1, length: int = LENGTH) -> torch.Tensor:
-    """Token numbers [batch, length], the same at every call; none is padding."""
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+    """Token numbers [batch, length] on torch's default device, the same at every call; none is padding."""
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def padding(side: str) -> torch.Tensor:
