@@ -113,6 +113,12 @@ def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
+def spread(seconds: list[float]) -> dict[str, float]:
+    """The first call apart from the others, which need no compiling."""
+    later = seconds[1:]
+    return {"first_call_s": seconds[0], "median_s": statistics.median(later), "min_s": min(later), "max_s": max(later)}
+
+
 def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, repeats: int) -> dict:
     """First call and median of the later ones: unpatched, patched and with free attention, in turn."""
     generator = torch.Generator().manual_seed(length)
@@ -127,13 +133,7 @@ def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, rep
         with free_attention(model):
             times["free_attention"].append(first_token_seconds(model, ids))
     row: dict = {"length": length, "density": stats.density, "dense_calls": stats.dense_calls, "settings": config.to_dict()}
-    for state, seconds in times.items():
-        row[state] = {
-            "first_call_s": seconds[0],
-            "median_s": statistics.median(seconds[1:]),
-            "min_s": min(seconds[1:]),
-            "max_s": max(seconds[1:]),
-        }
+    row |= {state: spread(seconds) for state, seconds in times.items()}
     rest = row["free_attention"]["median_s"]
     row["speedup"] = row["unpatched"]["median_s"] / row["patched"]["median_s"]
     row["ceiling"] = row["unpatched"]["median_s"] / rest

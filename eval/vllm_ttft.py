@@ -11,10 +11,10 @@ blocks attended in full of its own.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from eval import common
 from eval.schema import Result
-from eval.ttft import SHAPES, config_for_density, densities_of
+from eval.ttft import SHAPES, config_for_density, densities_of, spread
 from hf_flashprefill import FlashPrefillConfig
 
 STATS = "hf_flashprefill.integrations.vllm.stats.StatsExtension"
@@ -43,9 +44,7 @@ def in_engine(folder: str, longest: int, chunk: int, memory: float, config: Flas
 
     options: dict[str, Any] = {"attention_backend": "FLASH_ATTN"}
     if config is not None:
-        # The crossover of transformers' layers is not vLLM's.
-        settings = {name: value for name, value in config.to_dict().items() if name != "min_seq_len"}
-        ours = {"additional_config": {"flashprefill": settings}, "worker_extension_cls": STATS}
+        ours = {"additional_config": {"flashprefill": config.to_dict()}, "worker_extension_cls": STATS}
         options = {"attention_backend": "CUSTOM", **ours}
     llm = LLM(
         folder,
@@ -87,12 +86,6 @@ def first_token_seconds(llm, length: int, vocabulary: int, repeats: int) -> list
     return seconds
 
 
-def spread(seconds: list[float]) -> dict[str, float]:
-    """The first call apart from the others, as ``eval.ttft`` has it."""
-    later = seconds[1:]
-    return {"first_call_s": seconds[0], "median_s": statistics.median(later), "min_s": min(later), "max_s": max(later)}
-
-
 def measure(folder: str, vocabulary: int, chunk: int, configs: dict[int, FlashPrefillConfig], args) -> Iterator[dict]:
     """A row per length of one chunk size: one stock engine for all, then an engine of ours for each length's settings."""
     longest = max(configs)
@@ -100,7 +93,7 @@ def measure(folder: str, vocabulary: int, chunk: int, configs: dict[int, FlashPr
     def ask_stock(llm) -> dict[int, list[float]]:
         return {length: first_token_seconds(llm, length, vocabulary, args.repeats) for length in configs}
 
-    def ask_ours(llm) -> tuple[list[float], dict]:
+    def ask_ours(length: int, llm) -> tuple[list[float], dict]:
         # vLLM tries out the largest batch when it starts.
         llm.collective_rpc("flashprefill_reset")
         seconds = first_token_seconds(llm, length, vocabulary, args.repeats)
@@ -109,7 +102,7 @@ def measure(folder: str, vocabulary: int, chunk: int, configs: dict[int, FlashPr
 
     stock = in_engine(folder, longest, chunk, args.memory, None, ask_stock)
     for length, config in configs.items():
-        seconds, counted = in_engine(folder, longest, chunk, args.memory, config, ask_ours)
+        seconds, counted = in_engine(folder, longest, chunk, args.memory, config, functools.partial(ask_ours, length))
         row = {"length": length, "chunk": chunk or length, "density": counted["density"], "settings": config.to_dict()}
         row |= {"sparse_calls": counted["sparse_calls"], "dense_calls": counted["layers"][0]["dense_calls"]}
         row |= {"unpatched": spread(stock[length]), "patched": spread(seconds)}
@@ -164,7 +157,9 @@ def main(argv: list[str]) -> int:
     shape = SHAPES[args.shape]()
     configs = {n: config_for_density(base, n, density) for n, density in zip(args.lengths, densities, strict=True)}
     arguments = {name: getattr(args, name) for name in ("lengths", "chunks", "density", "repeats", "memory")}
-    identity = {"name": args.shape, "parameters": 0, "dtype": "bfloat16", "base_implementation": "vLLM FLASH_ATTN"}
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(shape).num_parameters()
+    identity = {"name": args.shape, "parameters": parameters, "dtype": "bfloat16", "base_implementation": "vLLM FLASH_ATTN"}
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         shape.architectures = [type(shape).__name__.replace("Config", "ForCausalLM")]

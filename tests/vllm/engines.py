@@ -46,26 +46,26 @@ def random_prompt(tokens: int, seed: int) -> list[int]:
     return torch.randint(3, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def save_model(folder: Path) -> LlamaForCausalLM:
+def save_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
     """A random Llama whose attention is uneven enough that dropping blocks shows, with a tokenizer of numbered words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval().to(dtype)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w2"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

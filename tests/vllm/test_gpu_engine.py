@@ -6,11 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_flashprefill.integrations.vllm import register
 
-from .engines import SETTINGS, STATS, VOCABULARY, random_prompt, stats
+from .engines import SETTINGS, STATS, VOCABULARY, random_prompt, save_model, stats
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 
@@ -23,24 +22,8 @@ LENGTHS = (5, 37, 1500, 3000)
 def model(tmp_path_factory):
     """(folder, model in float32) of a random Llama with a head_dim that all kernels take."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=8192,
-        initializer_range=0.1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
-    model.save_pretrained(folder)
-    return folder, model.float().cuda()
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "initializer_range": 0.1}
+    return folder, save_model(folder, torch.bfloat16, **sizes).float().cuda()
 
 
 @contextmanager

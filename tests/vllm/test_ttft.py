@@ -21,8 +21,7 @@ def engines(monkeypatch, model_folder, reference_model):
         settings = None
         if config is not None:
             # The prompts of this test are short.
-            settings = {name: v for name, v in config.to_dict().items() if name != "min_seq_len"} | {"min_seq_len": 1024}
-            settings |= {"min_query_len": 64}
+            settings = config.to_dict() | {"min_seq_len": 1024, "min_query_len": 64}
         started.append((chunk, config))
         with engine(model_folder, chunk or longest, settings) as llm:
             return work(llm)
