@@ -18,14 +18,31 @@ def test_python_blocks_run(monkeypatch):
         exec(compile(block, "README.md", "exec"), namespace)
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def headings(page: Path) -> set[str]:
+    """A page's headings as links name them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
     for link in links:
-        assert (ROOT / link).exists(), link
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m (eval\.\w+)", README))))
+COMMANDS = {command for page in PAGES for command in re.findall(r"python -m (eval\.\w+)", page.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_commands_exist(command):
     assert (ROOT / (command.replace(".", "/") + ".py")).exists()
 
