@@ -19,6 +19,7 @@ DEFAULT_CURVES = (
     "share:0.005,0.01,0.02,0.05@query_stride=4",
     "share:0.005,0.01,0.02,0.05@pool_size=8",
     "share:0.005,0.01,0.02,0.05@correction=false",
+    "blend:0.005,0.01,0.02,0.04",
     "peak:0.01,0.02,0.05,0.1,0.2",
     "flashprefill:0.01,0.02,0.05,0.1,0.2,0.4",
     "topk:0.5,0.7,0.8,0.9",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-SELECTORS = ("share", "peak", "flashprefill", "topk", "topp")
+SELECTORS = ("share", "blend", "peak", "flashprefill", "topk", "topp")
 # They sort each row of scores. No kernel does that: torch selects for them on every device, and only attention is fast.
 SORTING_SELECTORS = ("topk", "topp")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -18,6 +18,9 @@ BLOCK_SIZES = (64, 128)
 POOL_SIZES = (4, 8, 16, 32)
 QUERY_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 AUTO = "auto"
+# What "blend" multiplies the geometric mean of a block's shares with; the larger of that and the largest share is compared with
+# alpha. The largest is for what one query alone needs, the mean for what all look at a little.
+MEAN_WEIGHT = 16.0
 
 # What None stands for in these fields. The published method keeps 256 tokens of sinks and 512 of window and has no correction
 # (arXiv 2603.06199, Table 9). The finer probes find by themselves what matters there; at 32K tokens the correction lowered the
@@ -37,7 +40,9 @@ class FlashPrefillConfig:
             ``"share"``: of every ``query_stride`` queries the one with the largest 2-norm spreads a softmax over all pooled
             keys it sees; a block's score is the largest share that any of these queries gives any pooled key of the block;
             kept from ``alpha`` on.
-            ``"peak"``: the same score, kept from ``alpha`` times the query block's largest on.
+            ``"blend"``: the score of ``"share"``, or 16 times the geometric mean over the queries of the largest share that
+            each gives, if that is larger; kept from ``alpha`` on. With .01 it keeps about as much as ``"share"`` with .005.
+            ``"peak"``: the score of ``"share"``, kept from ``alpha`` times the query block's largest on.
             ``"flashprefill"``: the published rule (arXiv 2603.06199): energies of block means, summed over the block's
             queries, kept from ``alpha`` times the largest on.
             ``"topk"``, ``"topp"``: baselines to compare with, slow to select. The first drops the fraction ``alpha`` of the

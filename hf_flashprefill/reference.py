@@ -15,6 +15,7 @@ import math
 import torch
 
 from .block_index import BlockIndex
+from .config import MEAN_WEIGHT
 from .geometry import PrefillGeometry
 
 
@@ -148,6 +149,29 @@ def block_masses(
     return torch.stack([per_block[:, blocks == block].sum(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 
+def block_blends(
+    shares: torch.Tensor, positions: torch.Tensor, first_block: int, block_size: int, pool_size: int
+) -> torch.Tensor:
+    """log2 of the larger of two numbers, [Hq, M, N]: ``block_shares``' score, and MEAN_WEIGHT times the geometric mean of the
+    largest share that each probing query gives a pooled key of the block, over the queries that see a pooled key at all.
+
+    Arguments as of ``block_shares``.
+    """
+    per_block = torch.stack([part.amax(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
+    sees = ~per_block.isneginf().all(-1, keepdim=True)
+    blocks = positions[0] // block_size - first_block
+    scores = []
+    for block in range(int(blocks[-1]) + 1):
+        of_block, voting = per_block[:, blocks == block], sees[:, blocks == block]
+        mean = of_block.masked_fill(~voting, 0.0).sum(1) / voting.sum(1).clamp(min=1) + math.log2(MEAN_WEIGHT)
+        scores.append(torch.maximum(of_block.amax(1), mean.masked_fill(~voting.any(1), -math.inf)))
+    return torch.stack(scores, dim=1)
+
+
+# What each selector with a finer probe makes of its shares.
+PROBE_SCORES = {"share": block_shares, "blend": block_blends, "peak": block_shares, "topk": block_shares, "topp": block_masses}
+
+
 def kept_blocks(
     scores: torch.Tensor,
     first_block: int,
@@ -163,15 +187,15 @@ def kept_blocks(
     Block J is kept for query block I (counted from ``first_block``) when the selector says so; or J is among the first
     ``sink_blocks``, or I - J < ``window_blocks``, or I is among the row's last ``dense_tail_blocks``; and J <= I.
 
-    ``"share"``: its score, a log2, is at least ``alpha``. ``"peak"`` and ``"flashprefill"``: at least ``alpha`` times the
-    row's largest. ``"topk"``: it is among the largest 1 - ``alpha`` of the visible blocks, rounded up. ``"topp"``: it and all
-    blocks with less mass have at least ``alpha`` of the row's mass. What is NaN is kept, so that attention shows it.
+    ``"share"`` and ``"blend"``: its score, a log2, is at least ``alpha``. ``"peak"`` and ``"flashprefill"``: at least ``alpha``
+    times the row's largest. ``"topk"``: it is among the largest 1 - ``alpha`` of the visible blocks, rounded up. ``"topp"``: it
+    and all blocks with less mass have at least ``alpha`` of the row's mass. What is NaN is kept, so that attention shows it.
     """
     tiles, count = scores.shape[1:]
     query_block = torch.arange(first_block, first_block + tiles, device=scores.device)[:, None]
     key_block = torch.arange(count, device=scores.device)[None, :]
     log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
-    if selector == "share":
+    if selector in ("share", "blend"):
         kept = ~(scores < log_alpha)
     elif selector == "topk":
         kept = scores.isnan()
@@ -288,8 +312,7 @@ def select_blocks(
             scores = block_energies(queries, positions, pooled, span.key_end, block_size, scale, dtype)
         else:
             probed = probe_shares(queries, positions, pooled, span.key_end, pool_size, query_stride, scale, dtype)
-            score = block_masses if selector == "topp" else block_shares
-            scores = score(*probed, first_block, block_size, pool_size)
+            scores = PROBE_SCORES[selector](*probed, first_block, block_size, pool_size)
         row_kept = kept_blocks(
             scores,
             first_block,

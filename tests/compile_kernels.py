@@ -87,15 +87,17 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
 
     tiles = tuning.share_tiles(generation, head_dim, dtype)
     described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [TILE, head_dim]) if tiles.copy_engine else None
-    yield (
-        "shares",
-        shares._select_shares_kernel.warmup(
-            query, counts, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2,
-            *strides, **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=4, STRIDE=8,
-            TILE=TILE, BLOCK_LIST=128, IS_RELATIVE=False, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
-        ),
-    )  # fmt: skip
+    for name, is_blend in (("shares", False), ("blends", True)):
+        yield (
+            name,
+            shares._select_shares_kernel.warmup(
+                query, counts, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2,
+                *strides, **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=4, STRIDE=8,
+                TILE=TILE, BLOCK_LIST=128, IS_RELATIVE=False, IS_BLEND=is_blend, LOG2_WEIGHT=4.0,
+                HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                enable_fp_fusion=True, grid=(1,),
+            ),
+        )  # fmt: skip
 
     yield (
         "longest_queries",

@@ -17,7 +17,12 @@ def test_what_is_none_follows_the_selector():
     """The published rule has what the published method has, also where the selector is named last."""
     named = ("sink_blocks", "window_blocks", "correction")
     config = FlashPrefillConfig()
-    for selector, values in (("share", (1, 2, True)), ("peak", (1, 2, True)), ("flashprefill", (2, 4, False))):
+    for selector, values in (
+        ("share", (1, 2, True)),
+        ("blend", (1, 2, True)),
+        ("peak", (1, 2, True)),
+        ("flashprefill", (2, 4, False)),
+    ):
         resolved = replace(config, selector=selector).resolved()
         assert tuple(getattr(resolved, name) for name in named) == values
         assert replace(resolved, **dict.fromkeys(named)) == replace(config, selector=selector)

@@ -92,7 +92,7 @@ def test_selection_disagrees_only_within_rounding(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("selector", "alpha"), [("share", 0.03), ("peak", 0.5)])
+@pytest.mark.parametrize(("selector", "alpha"), [("share", 0.03), ("blend", 0.06), ("peak", 0.5)])
 @pytest.mark.parametrize("probe", [(8, 8), (4, 16), (32, 1)], ids=str)
 def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     pool_size, query_stride = probe
@@ -108,7 +108,7 @@ def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     positions = torch.arange(96, 4096, device="cuda")
     probed = reference.probe_shares(query[0], positions, pooled, 4096, pool_size, query_stride, 128**-0.5, torch.float64)
     first_block = (4096 - 4000) // 128
-    scores = reference.block_shares(*probed, first_block, 128, pool_size)
+    scores = reference.PROBE_SCORES[selector](*probed, first_block, 128, pool_size)
     expected = reference.kept_blocks(scores, first_block, selector=selector, alpha=alpha, **forced)
     margin = scores - (scores.amax(-1, keepdim=True) if selector == "peak" else 0.0) - torch.tensor(alpha).log2()
     wrong = index.to_mask()[0] != expected

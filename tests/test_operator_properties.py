@@ -75,7 +75,8 @@ def row_scores(variant, rule, scale, positions, queries, keys):
         scores = reference.block_energies(*fixed, variant.block_size, scale, torch.float64)
     else:
         shares = reference.probe_shares(*fixed, pool, rule["query_stride"], scale, torch.float64)
-        scores = reference.block_shares(*shares, int(positions[0]) // variant.block_size, variant.block_size, pool)
+        score = reference.PROBE_SCORES[variant.selector]
+        scores = score(*shares, int(positions[0]) // variant.block_size, variant.block_size, pool)
     magnitudes = reference.pooled_keys(keys.abs(), pool).repeat_interleave(variant.group, 0)
     rounding = logit_rounding(queries, magnitudes, scale, pool, variant.dtype).amax(-1)
     if variant.selector != "flashprefill" and rule["query_stride"] > 1:
@@ -100,7 +101,7 @@ def check(call: Call, backend: str, device: torch.device) -> None:
         expected = reference.kept_blocks(scores, first_block, **forced)
         got = kept[row, :, : expected.shape[1], : expected.shape[2]]
         assert got.sum() == kept[row].sum(), "a block outside the row"
-        margin = scores - (scores.amax(-1, keepdim=True) if variant.selector != "share" else 0.0)
+        margin = scores - (0.0 if variant.selector in ("share", "blend") else scores.amax(-1, keepdim=True))
         margin = (margin - math.log2(config.alpha)).abs() if config.alpha > 0 else torch.full_like(scores, math.inf)
         wrong = (got != expected) & ~(margin <= rounding)
         assert not wrong.any(), f"{wrong.sum()} blocks wrong in row {row}, {margin[wrong].min():.2e} from the threshold"

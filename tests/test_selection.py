@@ -73,6 +73,8 @@ PROBES = [
     {"selector": "flashprefill", "alpha": 0.4, "block_size": 128},
     {"selector": "share", "alpha": 0.02, "block_size": 128},
     {"selector": "share", "alpha": 0.03, "block_size": 64, "pool_size": 32, "query_stride": 2},
+    {"selector": "blend", "alpha": 0.05, "block_size": 128},
+    {"selector": "blend", "alpha": 0.4, "block_size": 64, "pool_size": 32, "query_stride": 2},
     {"selector": "peak", "alpha": 0.4, "block_size": 128, "pool_size": 4, "query_stride": 16},
     {"selector": "peak", "alpha": 0.3, "block_size": 64, "pool_size": 16, "query_stride": 64},
 ]
@@ -130,13 +132,16 @@ def test_sorting_baselines_drop_what_they_are_told_to():
         assert flash_prefill_attention(query, key, value, config=config, return_index=True).index.density() == 1
 
 
-def float64_shares(query: np.ndarray, key: np.ndarray, offset: int, block_size: int, pool: int, stride: int) -> np.ndarray:
-    """Scores of the finer probe, [M, N] for one head, in float64 loops over queries and pools."""
+def float64_scores(
+    query: np.ndarray, key: np.ndarray, offset: int, block_size: int, pool: int, stride: int
+) -> dict[str, np.ndarray]:
+    """Scores of the finer probes by selector, [M, N] each for one head, in float64 loops over queries and pools."""
     query, key = query.astype(np.float64), key.astype(np.float64)
     pools = [key[i : i + pool].mean(0) for i in range(0, len(key), pool)]
     last_token = [min(i + pool, len(key)) - 1 for i in range(0, len(key), pool)]
     tiles = (offset + len(query) - 1) // block_size - offset // block_size + 1
-    shares = np.zeros((tiles, -(-len(key) // block_size)))
+    shares, total = (np.zeros((tiles, -(-len(key) // block_size))) for _ in range(2))
+    asked = np.zeros((tiles, 1))
     # A bfloat16's precision, rounded to the nearest.
     lengths = (np.square(query).sum(1).astype(np.float32).view(np.int32) + 0x8000) >> 16
     for row in range(len(query)):
@@ -149,10 +154,15 @@ def float64_shares(query: np.ndarray, key: np.ndarray, offset: int, block_size: 
             continue
         logits = np.array([query[row] @ pools[i] for i in seen]) * query.shape[1] ** -0.5
         weights = np.exp(logits - logits.max())
+        tile, given = position // block_size - offset // block_size, np.zeros(shares.shape[1])
         for i, share in zip(seen, weights / weights.sum(), strict=True):
-            cell = position // block_size - offset // block_size, i * pool // block_size
-            shares[cell] = max(shares[cell], share)
-    return shares
+            given[i * pool // block_size] = max(given[i * pool // block_size], share)
+        shares[tile] = np.maximum(shares[tile], given)
+        with np.errstate(divide="ignore"):
+            total[tile] += np.log(given)
+        asked[tile] += 1
+    blend = np.maximum(shares, 16 * np.exp(total / np.maximum(asked, 1)) * (asked > 0))
+    return {"share": shares, "blend": blend, "peak": shares / shares.max(1, keepdims=True)}
 
 
 def test_every_backend_asks_the_longest_query_and_the_last_of_equals(device):
@@ -181,22 +191,21 @@ def test_every_backend_asks_the_longest_query_and_the_last_of_equals(device):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-@pytest.mark.parametrize("selector", ["share", "peak"])
-def test_shares_follow_their_definition(backend, selector, device):
+@pytest.mark.parametrize("selector", ["share", "blend", "peak"])
+def test_finer_probes_follow_their_definition(backend, selector, device):
     decided = 0
     for case in (Case(1, 2, 1, 900, 900, 64), Case(1, 3, 1, 301, 1000, 80), Case(1, 1, 1, 129, 640, 64)):
         query, key, value, _ = case.tensors(device)
-        alpha = {"share": 0.05, "peak": 0.3}[selector]
+        alpha = {"share": 0.05, "blend": 0.1, "peak": 0.3}[selector]
         config = FlashPrefillConfig(alpha=alpha, selector=selector, backend=backend, **RULE)
         index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
         kept = index.to_mask().cpu().numpy()
         for head in range(case.heads):
             tensors = query[0, head].cpu().numpy(), key[0, 0].cpu().numpy()
-            shares = float64_shares(*tensors, case.offset, 128, config.pool_size, config.query_stride)
-            relative = shares / shares.max(1, keepdims=True) if selector == "peak" else shares
-            wrong = disagreements(kept[0, head], relative, alpha, case.offset // 128)
+            scores = float64_scores(*tensors, case.offset, 128, config.pool_size, config.query_stride)[selector]
+            wrong = disagreements(kept[0, head], scores, alpha, case.offset // 128)
             assert all(distance < 1e-4 for distance in wrong), wrong
-            decided += int((relative < alpha).sum())
+            decided += int((scores < alpha).sum())
     assert decided > 20, "the thresholds must have had something to decide"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ...block_index import BlockIndex
-from ...config import SORTING_SELECTORS
+from ...config import MEAN_WEIGHT, SORTING_SELECTORS
 from ...geometry import PrefillGeometry
 
 # Logits held at once: 8 MiB of float32 stay in a CPU's caches, and few of a part's query blocks end before its last. At 16K
@@ -97,7 +98,7 @@ def select_blocks(
     last_key = torch.minimum(last_key, span.key_end[:, None]) - 1
     # What begins after the row's end is seen by nobody.
     last_key = last_key.masked_fill(last_key < torch.arange(pooled.shape[2], device=device) * pool_size, geometry.kv_len)
-    score = {"flashprefill": _block_energies, "topp": _block_masses}.get(selector, _block_shares)
+    score = SCORES.get(selector, _block_shares)
     parts = _masked_logits(rows, positions, pooled, last_key, geometry, first_query_block, scale)
     scores = score(parts, (batch, heads, query_blocks, geometry.key_blocks), device)
 
@@ -119,7 +120,7 @@ def _passing(scores: torch.Tensor, selector: str, alpha: float, visible: torch.T
     What is NaN is kept, so that attention shows it.
     """
     log_alpha = math.log2(alpha) if alpha > 0 else -math.inf
-    if selector == "share":
+    if selector in ("share", "blend"):
         return ~(scores < log_alpha)
     if selector not in SORTING_SELECTORS:
         return ~(scores < scores.amax(-1, keepdim=True) + log_alpha)
@@ -159,16 +160,23 @@ def _block_energies(parts: LogitParts, shape: tuple[int, ...], device: torch.dev
     return energies
 
 
-def _block_shares(parts: LogitParts, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """log2 of the largest share that any probing query gives any pooled key of each block; arguments as ``_block_energies``."""
-    shares = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
+def _block_shares(parts: LogitParts, shape: tuple[int, ...], device: torch.device, is_blend: bool = False) -> torch.Tensor:
+    """log2 of the largest share that any probing query gives any pooled key of each block, or reference.block_blends; arguments
+    as ``_block_energies``."""
+    scores = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
     for part, blocks, logits in parts:
         peaks = logits.amax(-1)
         largest = peaks.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         sums = logits.flatten(-2).sub_(largest).exp2_().sum(-1, keepdim=True)
         # A query without keys votes for nothing: its sum is 0, and its peaks are -inf already.
-        shares[:, :, part, :blocks] = (peaks - largest - sums.clamp(min=1e-30).log2_()).amax(3)
-    return shares
+        shares = peaks - largest - sums.clamp(min=1e-30).log2()
+        best = shares.amax(3)
+        if is_blend:
+            voting = sums != 0
+            mean = shares.masked_fill_(~voting, 0.0).sum(3) / voting.sum(3).clamp(min=1) + math.log2(MEAN_WEIGHT)
+            best = torch.maximum(best, mean.masked_fill_(~voting.any(3), -math.inf))
+        scores[:, :, part, :blocks] = best
+    return scores
 
 
 def _block_masses(parts: LogitParts, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -180,6 +188,14 @@ def _block_masses(parts: LogitParts, shape: tuple[int, ...], device: torch.devic
         shares = logits.mul_(math.log(2)).flatten(-2).softmax(-1).view_as(logits).masked_fill_(empty, 0.0)
         masses[:, :, part, :blocks] = shares.sum((3, 5))
     return masses
+
+
+# Of selectors other than the largest share.
+SCORES = {
+    "flashprefill": _block_energies,
+    "topp": _block_masses,
+    "blend": functools.partial(_block_shares, is_blend=True),
+}
 
 
 def _masked_logits(

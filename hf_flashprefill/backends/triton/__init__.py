@@ -58,8 +58,8 @@ def select_blocks(
     """Lists of kept blocks by the selector's name; ``pooled`` comes from ``pool_keys`` with the same ``pool_size``."""
     if selector == "flashprefill":
         return select_energies(query, pooled, geometry, **rule)
-    probe = {"pool_size": pool_size, "query_stride": query_stride, "is_relative": selector == "peak"}
-    return select_shares(query, pooled, geometry, **probe, **rule)
+    probe = {"pool_size": pool_size, "query_stride": query_stride}
+    return select_shares(query, pooled, geometry, selector=selector, **probe, **rule)
 
 
 def attend_blocks(
