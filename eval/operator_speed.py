@@ -115,8 +115,7 @@ def passes_gate(backend: Any, head_dim: int, args: argparse.Namespace) -> bool:
 def stage_runs(
     backend: Any, tensors: Tensors, index: BlockIndex, config: FlashPrefillConfig, scale: float
 ) -> dict[str, Callable[[], Any]]:
-    """The stages of the operator as functions without arguments: pool, select, attend, operator, which is all of them in turn,
-    and audit, if the config asks for audited rows.
+    """The stages of the operator as functions without arguments: pool, select, attend, and operator, all of them in turn.
 
     What is attended are the lists of ``index``, whatever ``select`` finds.
     """
@@ -145,13 +144,18 @@ def stage_runs(
         select(pool()[0])
         attend()
 
-    def audit() -> torch.Tensor:
-        rows = RowAudit(query, key, rows=config.audit_rows, scale=scale)
-        rows.add_index(index)
-        return rows.dropped()
+    return {stage.__name__: stage for stage in (pool, select, attend, operator)}
 
-    stages = (pool, select, attend, operator, audit) if config.audit_rows else (pool, select, attend, operator)
-    return {stage.__name__: stage for stage in stages}
+
+def audit_run(tensors: Tensors, index: BlockIndex, rows: int, scale: float) -> Callable[[], torch.Tensor]:
+    """The audit of ``rows`` query rows against the lists of ``index``, which costs the same whatever selected them."""
+
+    def run() -> torch.Tensor:
+        audit = RowAudit(*tensors[:2], rows=rows, scale=scale)
+        audit.add_index(index)
+        return audit.dropped()
+
+    return run
 
 
 def measure(length: int, density: float, head_dim: int, batch: int, args: argparse.Namespace) -> dict:
@@ -175,6 +179,8 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
             row[f"{stage}_{selector}"] = timed(run)
         index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
         row[f"index_share_{selector}"] = index_ms / (index_ms + row[f"attend_{selector}"]["median_ms"])
+    if args.config.audit_rows:
+        row["audit"] = timed(audit_run(tensors, index, args.config.audit_rows, scale))
     runs = {name: dense_attention(name, tensors) for name in args.baselines if name != "flex"}
     if "flex" in args.baselines:
         runs["flex"] = flex_attention_run(tensors, index)

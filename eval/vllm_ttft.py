@@ -30,8 +30,7 @@ from eval import common
 from eval.schema import Result
 from eval.ttft import SHAPES, config_for_density, densities_of, spread
 from hf_flashprefill import FlashPrefillConfig
-
-STATS = "hf_flashprefill.integrations.vllm.stats.StatsExtension"
+from hf_flashprefill.integrations.vllm import STATS_PATH, register
 
 
 def in_engine(folder: str, longest: int, chunk: int, memory: float, config: FlashPrefillConfig | None, work: Callable) -> Any:
@@ -44,7 +43,7 @@ def in_engine(folder: str, longest: int, chunk: int, memory: float, config: Flas
 
     options: dict[str, Any] = {"attention_backend": "FLASH_ATTN"}
     if config is not None:
-        ours = {"additional_config": {"flashprefill": config.to_dict()}, "worker_extension_cls": STATS}
+        ours = {"additional_config": {"flashprefill": config.to_dict()}, "worker_extension_cls": STATS_PATH}
         options = {"attention_backend": "CUSTOM", **ours}
     llm = LLM(
         folder,
@@ -150,8 +149,6 @@ def main(argv: list[str]) -> int:
         import vllm
     except ImportError as error:
         raise common.UsageError(f"vLLM is needed: {common.first_line(error)}") from None
-    from hf_flashprefill.integrations.vllm import register
-
     # Where the package is not installed but on the path, nothing else would.
     register()
     shape = SHAPES[args.shape]()

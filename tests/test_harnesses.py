@@ -28,7 +28,7 @@ def test_operator_speed_times_an_audit(tmp_path):
     arguments = ["--lengths", "512", "--seconds", "0.01", "--device", "cpu", "--output", str(path)]
     assert operator_speed.main([*arguments, "--audit-rows", "4"]) == 0
     row = json.loads(path.read_text())["rows"][0]
-    assert row["audit_share"]["median_ms"] > 0
+    assert row["audit"]["median_ms"] > 0
     with pytest.raises(common.UsageError, match="audit_rows must be"):
         operator_speed.main([*arguments, "--audit-rows", "-1"])
 

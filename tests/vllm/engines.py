@@ -17,12 +17,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_flashprefill.integrations.vllm import STATS_PATH
+from hf_flashprefill.support.families import tiny_model
 
 VOCABULARY = 199
 NEW_TOKENS = 8
 SETTINGS = {"alpha": 0.9, "sink_blocks": 1, "window_blocks": 1, "dense_tail_blocks": 1, "min_seq_len": 1024}
-STATS = "hf_flashprefill.integrations.vllm.stats.StatsExtension"
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -50,22 +52,8 @@ def save_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> L
     """A random Llama whose attention is uneven enough that dropping blocks shows, with a tokenizer of numbered words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval().to(dtype)
+    changes = {"vocab_size": VOCABULARY, "max_position_embeddings": 4096, "initializer_range": 0.3} | changes
+    model = tiny_model("llama", **changes).to(dtype)
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w2"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -83,7 +71,7 @@ def engine(folder: Path, chunk: int, settings: dict | None = None):
 
     options = {}
     if settings is not None:
-        options = {"additional_config": {"flashprefill": settings}, "worker_extension_cls": STATS}
+        options = {"additional_config": {"flashprefill": settings}, "worker_extension_cls": STATS_PATH}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if settings is not None:
@@ -130,7 +118,7 @@ def server_command(folder: Path, chunk: int, settings: dict, port: int) -> list[
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny"),
         *("--dtype", "float32", "--max-model-len", "4096", "--max-num-batched-tokens", str(chunk), "--enforce-eager"),
-        *("--host", "127.0.0.1", "--port", str(port), "--worker-extension-cls", STATS),
+        *("--host", "127.0.0.1", "--port", str(port), "--worker-extension-cls", STATS_PATH),
         *("--additional-config", json.dumps({"flashprefill": settings})),
     ]
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hf_flashprefill.integrations.vllm import register
+from hf_flashprefill.integrations.vllm import STATS_PATH, register
 
-from .engines import SETTINGS, STATS, VOCABULARY, random_prompt, save_model, stats
+from .engines import SETTINGS, VOCABULARY, random_prompt, save_model, stats
 
 pytestmark = [pytest.mark.vllm, pytest.mark.gpu]
 
@@ -35,9 +35,12 @@ def engine(folder, chunk: int, settings: dict | None = None):
     options = {"attention_backend": "FLASH_ATTN"}
     if settings is not None:
         register()
-        given = {"additional_config": {"flashprefill": settings}, "worker_extension_cls": STATS}
+        given = {"additional_config": {"flashprefill": settings}, "worker_extension_cls": STATS_PATH}
         options = {"attention_backend": "CUSTOM", **given}
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # An earlier engine's memory, freed while this one measures its own, would stop it.
+    gc.collect()
+    torch.cuda.empty_cache()
     llm = LLM(
         str(folder),
         dtype="bfloat16",

@@ -44,7 +44,7 @@ def test_each_length_is_measured_in_chunks_and_at_once(engines, tmp_path, capsys
     assert record["harness"] == "vllm_ttft"
     assert [(row["length"], row["chunk"]) for row in record["rows"]] == [(1500, 1024), (3000, 1024), (1500, 1500), (3000, 3000)]
     for row in record["rows"]:
-        # Two prompts, two layers; all but a first chunk of 1024 or a last one of fewer than 1024 tokens are long.
+        # Two prompts, two layers; every chunk ends at 1024 tokens or later, so all are long.
         chunks = -(-row["length"] // row["chunk"])
         assert row["sparse_calls"] == 2 * 2 * chunks
         assert 0.3 < row["density"] < 0.6

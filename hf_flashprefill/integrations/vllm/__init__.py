@@ -6,6 +6,8 @@ untouched. The README's page docs/vllm.md says how to start one.
 """
 
 BACKEND_PATH = "hf_flashprefill.integrations.vllm.flash.FlashPrefillBackend"
+# For vLLM's worker_extension_cls.
+STATS_PATH = "hf_flashprefill.integrations.vllm.stats.StatsExtension"
 
 
 def register() -> None:
