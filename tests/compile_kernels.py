@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, shares, tuning
+from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, longest, shares, tuning
 from hf_flashprefill.backends.triton.pool import TILE
 
 HEADS, KEY_HEADS, TOKENS, BLOCK = 8, 2, 512, 128
@@ -101,7 +101,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
 
     yield (
         "longest_queries",
-        shares._longest_queries_kernel.warmup(
+        longest._longest_queries_kernel.warmup(
             query, None, counts, *lengths, *strides, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK, STRIDE=8,
             HAS_RANGES=False, num_warps=4, grid=(1,),
         ),

@@ -8,7 +8,7 @@ import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, reference
 from hf_flashprefill.backends.torch import select as torch_select
-from hf_flashprefill.backends.triton import shares as triton_shares
+from hf_flashprefill.backends.triton.longest import longest_queries
 from hf_flashprefill.functional import selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 from tests.inputs import UGLY_CASES, Case
@@ -187,7 +187,7 @@ def test_every_backend_asks_the_longest_query_and_the_last_of_equals(device):
     assert torch.equal(places[used].view(2, -1), expected)
     chosen = torch.take_along_dim(query[0], expected[..., None] - 85, 1)
     torch.testing.assert_close(rows[used].view(2, -1, 24), chosen, equal_nan=True, atol=0, rtol=0)
-    assert torch.equal(triton_shares._longest_queries(query, geometry, 8, 0, geometry.query_blocks), places.int())
+    assert torch.equal(longest_queries(query, geometry, 8, 0, geometry.query_blocks), places.int())
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
