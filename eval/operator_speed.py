@@ -40,7 +40,7 @@ from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import POOL_SIZES, SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, median_ms
-from hf_flashprefill.functional import resolve_backend, selecting_backend, selection_rule
+from hf_flashprefill.functional import pool_inputs, resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
 SDPA_BACKENDS = {
@@ -127,10 +127,7 @@ def stage_runs(
     output = torch.empty_like(query)
 
     def pool() -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
-        if not config.correction:
-            return pooled, None
-        return pooled, tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
+        return pool_inputs(key, value, geometry, config, backend)
 
     pooled, means = pool()
 

@@ -102,24 +102,31 @@ def index_from_masses(
 
 
 class _OracleBackend:
-    """A backend for one call of the operator whose selection knows the true block masses."""
+    """A backend whose selection knows the true block masses. It is handed nothing but the pools, so these carry their keys."""
 
     def __init__(self, backend: ModuleType, oracle: str):
-        self._backend, self._oracle, self._key = backend, oracle, None
+        self._backend, self._oracle = backend, oracle
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._backend, name)
 
     def pool_keys(self, key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
-        # The operator pools the keys before it selects, and hands the selection nothing but the pools.
-        self._key = key if self._key is None else self._key
-        return self._backend.pool_keys(key, geometry, pool_size)
+        pooled = self._backend.pool_keys(key, geometry, pool_size)
+        pooled.pooled_keys = key
+        return pooled
+
+    def pool_keys_and_blocks(
+        self, key: torch.Tensor, geometry: PrefillGeometry, pool_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled, blocks = self._backend.pool_keys_and_blocks(key, geometry, pool_size)
+        pooled.pooled_keys = key
+        return pooled, blocks
 
     def select_blocks(
         self, query, pooled, geometry, *, scale, first_query_block, query_blocks, alpha, sink_blocks, window_blocks,
         dense_tail_blocks, **probe,
     ) -> BlockIndex:  # fmt: skip
-        masses = block_masses(query, self._key, geometry, scale, first_query_block, query_blocks).of(self._oracle)
+        masses = block_masses(query, pooled.pooled_keys, geometry, scale, first_query_block, query_blocks).of(self._oracle)
         forced = {"sink_blocks": sink_blocks, "window_blocks": window_blocks, "dense_tail_blocks": dense_tail_blocks}
         return index_from_masses(masses, geometry, first_query_block, alpha=alpha, **forced)
 

@@ -88,19 +88,21 @@ def flash_prefill_attention(
     backend = resolve_backend(config.backend, query)
     batch, heads, query_len, head_dim = query.shape
     options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
-    # A window keeps all it sees, and what it does not see must not come back as a mean.
-    correction = config.correction and window is None
     parts: list[BlockIndex] = []
+    pooled = None
     with torch.no_grad():
         if backend is not reference:
             # Padding rows are nobody's to write, so they must start as zeros.
             fill = torch.empty if valid_ranges is None else torch.zeros
             output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-            if correction:
-                options["means"] = tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
-        for index in select_in_rounds(query, key, geometry, config, scale, window):
+            # A window keeps all it sees, and what it does not see must not come back as a mean.
+            if window is None:
+                pooled, options["means"] = pool_inputs(key, value, geometry, config, backend)
+        else:
+            options["correction"] = config.correction and window is None
+        for index in select_in_rounds(query, key, geometry, config, scale, window, pooled):
             if backend is reference:
-                output = reference.attend_blocks(query, key, value, index, correction=correction, **options).to(query.dtype)
+                output = reference.attend_blocks(query, key, value, index, **options).to(query.dtype)
             else:
                 backend.attend_blocks(query, key, value, index, output=output, **options)
             if return_index:
@@ -112,6 +114,21 @@ def flash_prefill_attention(
     return PrefillOutput(output, BlockIndex.concatenate(parts)) if return_index else output
 
 
+def pool_inputs(
+    key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, config: FlashPrefillConfig, backend: ModuleType
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """The pooled keys that the selector probes and, with the correction, the block means of keys and of values
+    [B, Hkv, N, D]. ``backend`` is the one that attends, not the reference."""
+    pool_size, selecting = selection_rule(config)["pool_size"], selecting_backend(config.selector, backend)
+    if not config.resolved().correction:
+        return selecting.pool_keys(key, geometry, pool_size), None
+    if selecting is backend:
+        pooled, key_means = backend.pool_keys_and_blocks(key, geometry, pool_size)
+    else:
+        pooled, key_means = selecting.pool_keys(key, geometry, pool_size), backend.pool_keys(key, geometry, config.block_size)
+    return pooled, (key_means, backend.pool_keys(value, geometry, config.block_size))
+
+
 def select_in_rounds(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -119,10 +136,12 @@ def select_in_rounds(
     config: FlashPrefillConfig,
     scale: float,
     sliding_window: int | None = None,
+    pooled: torch.Tensor | None = None,
 ) -> Iterator[BlockIndex]:
     """The lists that ``flash_prefill_attention`` attends, a part of the query blocks at a time.
 
-    Arguments have been checked; ``sliding_window`` is None or shorter than the keys.
+    Arguments have been checked; ``sliding_window`` is None or shorter than the keys, and ``pooled`` what ``pool_inputs`` made
+    of the keys, if it was called.
     """
     backend, heads = resolve_backend(config.backend, query), query.shape[1]
     # The reference attends a whole call at once.
@@ -136,7 +155,8 @@ def select_in_rounds(
         yield reference.select_blocks(query, key, geometry, **rule)
         return
     selecting = selecting_backend(config.selector, backend)
-    pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
+    if pooled is None:
+        pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
     for first, count in rounds:
         yield selecting.select_blocks(query, pooled, geometry, first_query_block=first, query_blocks=count, **rule)
 
@@ -153,7 +173,7 @@ def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
 
 
 def selecting_backend(selector: str, backend: ModuleType) -> ModuleType:
-    """The module whose ``pool_keys`` and ``select_blocks`` serve a selector when ``backend`` attends."""
+    """The module whose pools and ``select_blocks`` serve a selector when ``backend`` attends."""
     if selector not in SORTING_SELECTORS:
         return backend
     from .backends import torch as torch_backend

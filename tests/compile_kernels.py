@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, longest, shares, tuning
+from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, longest, pool, shares, tuning
 from hf_flashprefill.backends.triton.pool import TILE
 
 HEADS, KEY_HEADS, TOKENS, BLOCK = 8, 2, 512, 128
@@ -106,6 +106,16 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             HAS_RANGES=False, num_warps=4, grid=(1,),
         ),
     )  # fmt: skip
+
+    for name, run, has_pools in (("pools and blocks", 4, True), ("blocks", pool.RUN, False)):
+        yield (
+            name,
+            pool._pool_keys_kernel.warmup(
+                key, None, key if has_pools else None, key, TOKENS, TOKENS, *key.stride()[:3], HEAD_DIM=head_dim,
+                BLOCK_D=head_dim, BLOCK=BLOCK, POOL=run, TILE=TILE, HAS_RANGES=False, HAS_POOLS=has_pools, HAS_BLOCKS=True,
+                num_warps=4, grid=(1,),
+            ),
+        )  # fmt: skip
 
     # As vLLM's cache has them: the keys of a token and head before its values.
     pages = torch.zeros(4, 16, KEY_HEADS, 2 * head_dim, dtype=dtype).split(head_dim, -1)

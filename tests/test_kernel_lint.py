@@ -19,7 +19,18 @@ def test_kernels_compile_clean(capability):
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     verdicts = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
-    expected = {"attend", "attend window sinks", "attend means", "energies", "gather", "longest_queries", "blends", "shares"}
+    expected = {
+        "attend",
+        "attend window sinks",
+        "attend means",
+        "energies",
+        "gather",
+        "longest_queries",
+        "blends",
+        "shares",
+        "pools and blocks",
+        "blocks",
+    }
     expected |= {"attend_hopper", "attend_hopper means"} if capability == 90 else set()
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
     for verdict in verdicts:

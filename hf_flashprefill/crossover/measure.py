@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..block_index import BlockIndex
 from ..config import FlashPrefillConfig
-from ..functional import resolve_backend, selecting_backend, selection_rule
+from ..functional import pool_inputs, resolve_backend, selecting_backend, selection_rule
 from ..geometry import PrefillGeometry
 from .known import Crossover, LayerShape, remember, rule_of
 
@@ -128,12 +128,9 @@ def time_attention(shape: LayerShape, device: torch.device, config: FlashPrefill
         F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def sparse() -> None:
-        pooled = selecting.pool_keys(key, geometry, rule["pool_size"])
+        pooled, means = pool_inputs(key, value, geometry, config, backend)
         selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **(rule | {"alpha": 1.0}))
-        options = {}
-        if config.correction:
-            options["means"] = tuple(backend.pool_keys(tensor, geometry, config.block_size) for tensor in (key, value))
-        backend.attend_blocks(query, key, value, index, scale=scale, output=torch.empty_like(query), **options)
+        backend.attend_blocks(query, key, value, index, scale=scale, output=torch.empty_like(query), means=means)
 
     with torch.no_grad():
         dense_ms, sparse_ms = (median_ms(run, device, SECONDS)["median_ms"] for run in (dense, sparse))

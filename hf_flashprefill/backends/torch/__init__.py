@@ -1,6 +1,6 @@
 """Any-device backend in plain torch that does the work of the kept blocks only."""
 
 from .attend import attend_blocks
-from .select import pool_keys, select_blocks
+from .select import pool_keys, pool_keys_and_blocks, select_blocks
 
-__all__ = ["attend_blocks", "pool_keys", "select_blocks"]
+__all__ = ["attend_blocks", "pool_keys", "pool_keys_and_blocks", "select_blocks"]

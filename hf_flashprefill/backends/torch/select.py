@@ -70,6 +70,11 @@ def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> t
     return pooled.masked_fill_(~pooled.isfinite(), math.nan)
 
 
+def pool_keys_and_blocks(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pool_keys`` with ``pool_size`` and with whole blocks."""
+    return pool_keys(key, geometry, pool_size), pool_keys(key, geometry, geometry.block_size)
+
+
 def select_blocks(
     query: torch.Tensor,
     pooled: torch.Tensor,
