@@ -8,8 +8,9 @@ Per length L and imposed density, the whole operator (pool, select, attend) is t
 - ``left_padded``: the same two rows, the second with L / 2 tokens of padding in front, against a prompt of L and one of L / 2;
 - ``chunked``: L tokens in chunks of ``--chunk`` against the keys so far, against the whole prompt at once.
 
-``overhead`` is the time over that of the same work less 1. Every figure is a median, all in one process. The density is
-imposed by a wide local window, with no query block in full, since each chunk's end would have its own.
+``overhead`` is the time over that of the same work less 1. Every figure is a median, all in one process, of a GPU that has
+work waiting, as in a model's prefill. The density is imposed by a wide local window, with no query block in full, since each
+chunk's end would have its own.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
     config = config_for_density(config, length, density)
     tensors = random_tensors(2, length, args.head_dim, args)
     runs = layout_runs(tensors, config, min(args.chunk, length))
-    times = {name: median_ms(run, args.device, args.seconds) for name, (run, _) in runs.items()}
+    times = {name: median_ms(run, args.device, args.seconds, queued=True) for name, (run, _) in runs.items()}
     rows = []
     for name, (_, same_work) in runs.items():
         expected = sum(times[other]["median_ms"] for other in same_work)
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", type=float, help="of the visible blocks; default: as published for the length")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens (default: %(default)s)")
-    parser.add_argument("--selector", choices=KERNEL_SELECTORS, default="share")
+    parser.add_argument("--selector", choices=KERNEL_SELECTORS, default=FlashPrefillConfig().selector)
     parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
     add_tensor_arguments(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")

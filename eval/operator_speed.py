@@ -226,7 +226,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64])
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows (default: %(default)s)")
     parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full (default: %(default)s)")
-    parser.add_argument("--selectors", nargs="+", choices=KERNEL_SELECTORS, default=["share", "flashprefill"])
+    parser.add_argument(
+        "--selectors", nargs="+", choices=KERNEL_SELECTORS, default=[FlashPrefillConfig().selector, "flashprefill"]
+    )
     parser.add_argument(
         "--pool-size",
         type=int,

@@ -1,10 +1,10 @@
 """What a density costs, selector by selector: the curves that defaults are chosen by.
 
     python -m eval.selection                                             # the bundled model, 8192 tokens
-    python -m eval.selection --lengths 4096 --prompts 1 --curves share:0.005,0.02 flashprefill:0.05,0.2 oracle-mean:0.01
+    python -m eval.selection --lengths 4096 --prompts 1 --curves blend:0.006,0.02 flashprefill:0.05,0.2 oracle-mean:0.01
     python -m eval.selection --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 65536
 
-A curve is a selector with some thresholds, and other fields of the config after an @: ``share:0.005,0.01@pool_size=4``.
+A curve is a selector with some thresholds, and other fields of the config after an @: ``blend:0.006,0.01@pool_size=8``.
 ``oracle-mean`` and ``oracle-max`` keep blocks by their true share of the attention (eval.oracle); they cost more than dense
 attention, and show what any probe could reach at best.
 

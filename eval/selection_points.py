@@ -15,11 +15,11 @@ from hf_flashprefill.config import SELECTORS
 
 # Thresholds of different selectors do not compare. Each list runs from little loss to much of it at 8K to 64K tokens.
 DEFAULT_CURVES = (
-    "share:0.0025,0.005,0.01,0.02,0.05",
-    "share:0.005,0.01,0.02,0.05@query_stride=4",
-    "share:0.005,0.01,0.02,0.05@pool_size=8",
-    "share:0.005,0.01,0.02,0.05@correction=false",
-    "blend:0.005,0.01,0.02,0.04",
+    "blend:0.003,0.006,0.01,0.02,0.05",
+    "blend:0.006,0.01,0.02,0.05@query_stride=4",
+    "blend:0.006,0.01,0.02,0.05@pool_size=8",
+    "blend:0.006,0.01,0.02,0.05@correction=false",
+    "share:0.005,0.01,0.02",
     "peak:0.01,0.02,0.05,0.1,0.2",
     "flashprefill:0.01,0.02,0.05,0.1,0.2,0.4",
     "topk:0.5,0.7,0.8,0.9",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-SELECTORS = ("share", "blend", "peak", "flashprefill", "topk", "topp")
+SELECTORS = ("blend", "share", "peak", "flashprefill", "topk", "topp")
 # They sort each row of scores. No kernel does that: torch selects for them on every device, and only attention is fast.
 SORTING_SELECTORS = ("topk", "topp")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -41,7 +41,7 @@ class FlashPrefillConfig:
             keys it sees; a block's score is the largest share that any of these queries gives any pooled key of the block;
             kept from ``alpha`` on.
             ``"blend"``: the score of ``"share"``, or 16 times the geometric mean over the queries of the largest share that
-            each gives, if that is larger; kept from ``alpha`` on. With .01 it keeps about as much as ``"share"`` with .005.
+            each gives, if that is larger; kept from ``alpha`` on. At equal density it raises the perplexity less.
             ``"peak"``: the score of ``"share"``, kept from ``alpha`` times the query block's largest on.
             ``"flashprefill"``: the published rule (arXiv 2603.06199): energies of block means, summed over the block's
             queries, kept from ``alpha`` times the largest on.
@@ -80,8 +80,8 @@ class FlashPrefillConfig:
         TypeError: A value is of the wrong type.
     """
 
-    alpha: float = 0.005
-    selector: str = "share"
+    alpha: float = 0.006
+    selector: str = "blend"
     pool_size: int = 4
     query_stride: int = 8
     block_size: int = 128

@@ -81,8 +81,8 @@ if __name__ == "__main__":
     triton_backend.obstacle = lambda query: None
     triton_backend.attend_blocks = attend_with_both
     for name, dim, kind in (
-        ("share", 80, torch.bfloat16),
-        ("share", 128, torch.bfloat16),
+        ("blend", 80, torch.bfloat16),
+        ("blend", 128, torch.bfloat16),
         ("share", 64, torch.float32),
         ("flashprefill", 128, torch.bfloat16),
     ):

@@ -162,7 +162,7 @@ def test_a_new_length_compiles_nothing():
     def run(tokens: int) -> int:
         query = torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         key = torch.randn(1, 2, tokens, 128, device="cuda", dtype=torch.bfloat16)
-        for selector in ("share", "flashprefill"):
+        for selector in ("blend", "flashprefill"):
             flash_prefill_attention(query, key, key, config=FlashPrefillConfig(selector=selector))
         return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
 
@@ -227,7 +227,7 @@ def test_offsets_beyond_32_bits():
     torch.testing.assert_close(output[0, 0, -1].double(), weights @ keys, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("selector", ["share", "flashprefill"])
+@pytest.mark.parametrize("selector", ["blend", "flashprefill"])
 def test_one_million_tokens(selector):
     """Within 1 GiB of scratch, rows whose answer stands in one far block agree with exact attention over all keys."""
     tokens, heads, key_heads, channels = 1 << 20, 32, 8, 128
@@ -235,7 +235,7 @@ def test_one_million_tokens(selector):
     query = torch.randn(1, tokens, heads, channels, **shape).transpose(1, 2)
     key, value = (torch.randn(1, key_heads, tokens, channels, **shape) for _ in range(2))
     # The share selector asks the longest query of every eight; its pools of keys are no longer. A block's energy is its mean's.
-    width = 8 if selector == "share" else 128
+    width = 8 if selector == "blend" else 128
     rows = [(0, tokens - 513, 512 * 200), (31, 700_031, 512 * 3), (13, 131_071, 512 * 7), (20, tokens - 1, 512 * 1000)]
     for head, row, needle in rows:
         # Longer than any other of its run.
@@ -251,7 +251,7 @@ def test_one_million_tokens(selector):
         kept.add_(index.counts.sum(dtype=torch.int64))
         visible += index.visible_total() * heads
 
-    config = FlashPrefillConfig(selector=selector, alpha=0.005 if selector == "share" else 1.0, backend="triton")
+    config = FlashPrefillConfig(selector=selector, alpha=0.005 if selector == "blend" else 1.0, backend="triton")
     output = flash_prefill_attention(query, key, value, config=config, on_index=count)
     scratch = torch.cuda.max_memory_allocated() - before - output.nbytes
     assert scratch <= 1 << 30, f"{scratch / 2**20:.0f} MiB of scratch"

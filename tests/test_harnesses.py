@@ -15,11 +15,11 @@ def test_operator_speed_measures_and_records(tmp_path, capsys):
     assert operator_speed.main(["--lengths", "1024", "--seconds", "0.01", "--device", "cpu", "--output", str(path)]) == 0
     last_line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     row = json.loads(path.read_text())["rows"][0]
-    for stage in ("pool_share", "select_share", "attend", "attend_share", "operator_share", "sdpa"):
+    for stage in ("pool_blend", "select_blend", "attend", "attend_blend", "operator_blend", "sdpa"):
         assert 0 < row[stage]["quartile_low_ms"] <= row[stage]["median_ms"] <= row[stage]["quartile_high_ms"]
-    index_ms = row["pool_share"]["median_ms"] + row["select_share"]["median_ms"]
-    assert row["index_share_share"] == pytest.approx(index_ms / (index_ms + row["attend_share"]["median_ms"]))
-    assert row["speedup_over_sdpa"] == pytest.approx(row["sdpa"]["median_ms"] / row["operator_share"]["median_ms"])
+    index_ms = row["pool_blend"]["median_ms"] + row["select_blend"]["median_ms"]
+    assert row["index_share_blend"] == pytest.approx(index_ms / (index_ms + row["attend_blend"]["median_ms"]))
+    assert row["speedup_over_sdpa"] == pytest.approx(row["sdpa"]["median_ms"] / row["operator_blend"]["median_ms"])
     assert last_line == [{"length": 1024, "speedup_over_sdpa": round(row["speedup_over_sdpa"], 3)}]
 
 
@@ -75,7 +75,7 @@ def test_layouts_do_the_same_work(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(layout_speed, "flash_prefill_attention", counted)
     path = tmp_path / "layouts.json"
-    monkeypatch.setattr(layout_speed, "median_ms", lambda run, *_: (run(), {"median_ms": 1.0})[1])
+    monkeypatch.setattr(layout_speed, "median_ms", lambda run, *_, **__: (run(), {"median_ms": 1.0})[1])
     options = ["--lengths", "2048", "--chunk", "512", "--density", "0.3", "--device", "cpu", "--output", str(path)]
     assert layout_speed.main(options) == 0
     assert [call[:3] for call in calls[:4]] == [(1, 2048, 2048), (1, 1024, 1024), (2, 2048, 2048), (2, 2048, 2048)]

@@ -50,7 +50,7 @@ def test_runs(name, monkeypatch):
         assert text.count("'481923'") == 3
         assert "dense because: " in text
     if name.startswith("03"):
-        for selector in ("flashprefill", "share"):
+        for selector in ("flashprefill", "blend"):
             densities = [float(value) for value in re.findall(rf"{selector} +alpha \S+ +density (\d\.\d+)", text)]
             assert len(densities) >= 2
             assert densities == sorted(densities, reverse=True)

@@ -231,7 +231,7 @@ def test_default_curves_are_valid_and_hold_the_defaults():
     ("arguments", "message"),
     [
         (["--curves", "share"], "--curves takes SELECTOR:ALPHA"),
-        (["--curves", "best:0.1"], "SELECTOR one of share"),
+        (["--curves", "best:0.1"], "SELECTOR one of blend"),
         (["--curves", "share:a"], "--curves share:a: could not convert"),
         (["--curves", "share:2"], "alpha must be from 0 to 1"),
         (["--curves", "share:0.1@pools=4"], "FIELD=VALUE with one of the fields"),

@@ -203,15 +203,15 @@ def test_no_prompt_compiles_what_warmup_has_not():
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["selector"], row["head_dim"]) for row in found] == [
-        ("share", 80),
-        ("share", 128),
+        ("blend", 80),
+        ("blend", 128),
         ("share", 64),
         ("flashprefill", 128),
     ]
     for row in found:
         assert row["missed"] == [], row
         # Three kernels, and the Hopper one for 16-bit tensors of its head dims, each with padding and without; for the
-        # correction the means of whole blocks, with padding and without, and the marks of kept blocks; for the finer probe
+        # correction the means of blocks of values, with padding and without, and the marks of kept blocks; for the finer probe
         # the longest queries, with padding and without.
-        expected = (8 if row["head_dim"] == 128 else 6) + (5 if row["selector"] == "share" else 0)
+        expected = (8 if row["head_dim"] == 128 else 6) + (0 if row["selector"] == "flashprefill" else 5)
         assert row["warmed"] == row["met"] == expected, row
