@@ -1,6 +1,6 @@
-"""Run a harness's prompts: split over processes, with a progress bar, and kept on disk as they finish.
+"""Run a harness's tasks, prompts or timings: split over processes, with a progress bar, and kept on disk as they finish.
 
-Finished prompts go to `NAME.KEY.RANK.partial.jsonl` beside the output `NAME.json`, where KEY is a hash of everything that
+Rows of finished tasks go to `NAME.KEY.RANK.partial.jsonl` beside the output `NAME.json`, where KEY is a hash of everything that
 decides their results. The same command takes them up again after an interruption, whatever the number of processes; when
 the output is written they are removed.
 """
@@ -59,13 +59,16 @@ class PartialRun:
                 rows[entry["task"]] = entry["rows"]
         return rows
 
-    def run(self, names: Sequence[str], work: Callable[[int], list[dict]], description: str) -> list[dict] | None:
+    def run(
+        self, names: Sequence[str], work: Callable[[int], list[dict]], description: str, unit: str = "prompt"
+    ) -> list[dict] | None:
         """Do what is not finished yet.
 
         Args:
             names: One per task, all different.
             work: Makes the rows of task ``i``, plain values only.
             description: Of the progress bar.
+            unit: What a task is called there.
 
         Returns:
             The rows of all tasks in their order; None in processes other than the first.
@@ -77,7 +80,7 @@ class PartialRun:
         todo = [i for i in mine if names[i] not in finished]
         self._output.parent.mkdir(parents=True, exist_ok=True)
         done = {names[i]: finished[names[i]] for i in mine if names[i] in finished}
-        bar = tqdm(todo, initial=len(mine) - len(todo), total=len(mine), desc=description, unit="prompt", disable=rank > 0)
+        bar = tqdm(todo, initial=len(mine) - len(todo), total=len(mine), desc=description, unit=unit, disable=rank > 0)
         with self.path(rank).open("a", encoding="utf-8") as file:
             if file.tell() and not self.path(rank).read_bytes().endswith(b"\n"):
                 file.write("\n")
@@ -89,14 +92,14 @@ class PartialRun:
                     file.flush()
                     done[names[i]] = json.loads(line)["rows"]
             except KeyboardInterrupt:
-                bar.write(f"{len(done)} of {len(mine)} prompts are kept; the same command goes on from there")
+                bar.write(f"{len(done)} of {len(mine)} {unit}s are kept; the same command goes on from there")
                 raise
         if count > 1:
             done = _gathered(done)
         return [row for name in names for row in done[name]] if rank == 0 else None
 
     def remove(self) -> None:
-        """Delete the files of finished prompts."""
+        """Delete the files of finished tasks."""
         for path in self._paths():
             path.unlink()
 
