@@ -159,6 +159,16 @@ def check_output_arguments(args: argparse.Namespace) -> None:
         raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
 
 
+def check_one_process(harness: str) -> None:
+    """For harnesses that have no rows to split.
+
+    Raises:
+        UsageError: `accelerate launch` started several processes.
+    """
+    if process_count() > 1:
+        raise UsageError(f"eval.{harness} runs in one process; start it without accelerate launch")
+
+
 def run_and_record(
     harness: str,
     args: argparse.Namespace,
@@ -229,18 +239,28 @@ def complete(
     Raises:
         UsageError: ``work`` finds a model that cannot be patched or a value out of its range.
     """
-    settings = {"harness": run.harness, "arguments": run.arguments, "model": run.model, "config": run.config}
-    partial = PartialRun(output, settings | (others or {}))
+    partial = PartialRun(output, run_settings(run) | (others or {}))
     try:
         rows = partial.run(names, work, run.harness, unit)
     except (UnsupportedModelError, ValueError) as error:
         raise UsageError(first_line(error)) from None
     if rows is None:
         return None
-    result = replace(run, environment=run.environment | {"time": _now()}, summary=summarise(rows), rows=rows)
-    result.write(output)
+    result = write_result(run, output, summarise(rows), rows)
     partial.remove()
     return result
+
+
+def write_result(run: Result, output: Path, summary: list[dict], rows: list[dict]) -> Result:
+    """Write the JSON file of a run whose rows are there; its time is this moment."""
+    result = replace(run, environment=run.environment | {"time": _now()}, summary=summary, rows=rows)
+    result.write(output)
+    return result
+
+
+def run_settings(run: Result) -> dict[str, Any]:
+    """What decides the rows of a run as far as its result says it."""
+    return {"harness": run.harness, "arguments": run.arguments, "model": run.model, "config": run.config}
 
 
 def model_run(harness: str, args: argparse.Namespace, name: str, model: PreTrainedModel, config: FlashPrefillConfig) -> Result:
@@ -349,11 +369,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processes": process_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton"),
         "transformers": transformers.__version__,
         "hf_flashprefill": hf_flashprefill.__version__,
         "commit": _commit(),
     }
+
+
+def package_version(package: str) -> str | None:
+    """Of an installed package; None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def device_slug(environment: dict[str, Any]) -> str:
@@ -442,14 +470,6 @@ def first_line(error: BaseException) -> str:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _version(package: str) -> str | None:
-    """Of an installed package; None if it is not there."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -27,6 +27,12 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def settings_key(settings: dict[str, Any]) -> str:
+    """A hash of plain values, for names of files that belong to them alone."""
+    content = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
 class PartialRun:
     """Tasks of one run and the rows of those that are finished.
 
@@ -36,9 +42,7 @@ class PartialRun:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
-        content = json.dumps(settings, sort_keys=True, default=str)
-        self._output = output
-        self._key = hashlib.sha256(content.encode()).hexdigest()[:12]
+        self._output, self._key = output, settings_key(settings)
 
     def path(self, rank: int) -> Path:
         return self._output.with_name(f"{self._output.stem}.{self._key}.{rank}.partial.jsonl")

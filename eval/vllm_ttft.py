@@ -26,7 +26,6 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from eval import common
-from eval.runner import process_count
 from eval.schema import ModelRecord, Result
 from eval.ttft import SHAPES, config_for_density, densities_of, spread
 from hf_flashprefill import FlashPrefillConfig
@@ -157,9 +156,8 @@ def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
         raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
     if min(args.lengths) < 1 or min(args.chunks) < 0:
         raise common.UsageError(f"--lengths and --chunks must be positive, got {args.lengths} and {args.chunks}")
-    if process_count() > 1:
-        # vLLM would take accelerate's process group for that of its own workers.
-        raise common.UsageError("eval.vllm_ttft runs in one process; start it without accelerate launch")
+    # vLLM would take accelerate's process group for that of its own workers.
+    common.check_one_process("vllm_ttft")
     return common.check_config_arguments(args).resolved()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import common, layout_speed, operator_speed, ttft, vllm_ttft
+from eval import common, layout_speed, lm_eval_adapter, operator_speed, ttft, vllm_ttft
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = ["--lengths", "256", "384", "512"]
@@ -181,7 +181,9 @@ def test_two_processes_share_the_rows(tmp_path):
     assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
-def test_engines_of_vllm_run_in_one_process(monkeypatch):
+@pytest.mark.parametrize("arguments", [(vllm_ttft, []), (lm_eval_adapter, ["--tasks", "x"])], ids=["vllm_ttft", "lm_eval"])
+def test_what_has_no_rows_to_split_runs_in_one_process(arguments, monkeypatch):
+    harness, options = arguments
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(common.UsageError, match="eval.vllm_ttft runs in one process"):
-        vllm_ttft.main([])
+    with pytest.raises(common.UsageError, match="runs in one process; start it without accelerate launch"):
+        harness.main(options)
