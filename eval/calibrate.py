@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from eval import common
 from eval.haystack import plant
 from eval.recall_prompts import make_prompts
-from eval.runner import process_count
 from eval.schema import Result
 from eval.texts import add_text_arguments, corpus_ids
 from hf_flashprefill import Calibration, calibrate
@@ -94,8 +93,7 @@ def main(argv: list[str]) -> int:
     for name, least in (("prompts", 1), ("held_out", 0)):
         if getattr(args, name) < least:
             raise common.UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if process_count() > 1:
-        raise common.UsageError("eval.calibrate runs in one process; start it without accelerate launch")
+    common.check_one_process("calibrate")
     count = args.prompts if args.limit is None else min(args.prompts, args.limit)
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,11 +143,30 @@ def check_config_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
     Raises:
         UsageError: A value is out of its range or a field does not exist.
     """
+    check_output_arguments(args)
+    return given_config(args)
+
+
+def check_output_arguments(args: argparse.Namespace) -> None:
+    """Look at --limit and --output.
+
+    Raises:
+        UsageError: The limit is out of its range or the output is a folder.
+    """
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit must be at least 1, got {args.limit}")
-    if args.output.is_dir():
+    if args.output is not None and args.output.is_dir():
         raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
-    return given_config(args)
+
+
+def check_one_process(harness: str) -> None:
+    """For harnesses that have no rows to split.
+
+    Raises:
+        UsageError: `accelerate launch` started several processes.
+    """
+    if process_count() > 1:
+        raise UsageError(f"eval.{harness} runs in one process; start it without accelerate launch")
 
 
 def run_and_record(
@@ -158,7 +178,7 @@ def run_and_record(
     work: Callable[[int], list[dict]],
     summarise: Callable[[list[dict]], list[dict]],
 ) -> Result | None:
-    """Run all prompts, resuming what an interruption left, and write the JSON file.
+    """Ask a loaded model all prompts and write the JSON file, as ``complete`` does.
 
     Args:
         harness: Its name.
@@ -175,19 +195,78 @@ def run_and_record(
     Raises:
         UsageError: The model cannot be patched or a prompt does not fit.
     """
-    arguments, identity = recorded_arguments(args), model_record(args.model, model)
-    settings = {"arguments": arguments, "model": identity, "config": config.to_dict(), "weights": _fingerprint(model)}
-    partial = PartialRun(args.output, settings)
+    run = model_run(harness, args, args.model, model, config)
+    return complete(run, args.output, names, work, summarise, others={"weights": fingerprint(model)})
+
+
+def time_and_record(
+    run: Result,
+    output: Path,
+    names: Sequence[str],
+    work: Callable[[int], list[dict]],
+    unit: str,
+    others: dict[str, Any] | None = None,
+) -> Result | None:
+    """``complete`` for rows that hold times, which depend on the environment, too: those of another device or of another
+    version are not taken up. There is no summary."""
+    place = {name: value for name, value in run.environment.items() if name != "time"}
+    return complete(run, output, names, work, lambda rows: [], unit, {"environment": place} | (others or {}))
+
+
+def complete(
+    run: Result,
+    output: Path,
+    names: Sequence[str],
+    work: Callable[[int], list[dict]],
+    summarise: Callable[[list[dict]], list[dict]],
+    unit: str = "prompt",
+    others: dict[str, Any] | None = None,
+) -> Result | None:
+    """Do all tasks of a run, resuming what an interruption left, and write the JSON file.
+
+    Args:
+        run: The result but for its summary and rows.
+        output: The JSON file.
+        names: One per task, all different.
+        work: Makes the rows of task ``i``.
+        summarise: Makes the summary from all rows.
+        unit: What a task is called in the progress bar.
+        others: Plain values that decide the rows, beside the model, settings and arguments of ``run``.
+
+    Returns:
+        What was written; None in processes other than the first.
+
+    Raises:
+        UsageError: ``work`` finds a model that cannot be patched or a value out of its range.
+    """
+    partial = PartialRun(output, run_settings(run) | (others or {}))
     try:
-        rows = partial.run(names, work, harness)
+        rows = partial.run(names, work, run.harness, unit)
     except (UnsupportedModelError, ValueError) as error:
         raise UsageError(first_line(error)) from None
     if rows is None:
         return None
-    result = Result(harness, environment(model.device), identity, config.to_dict(), arguments, summarise(rows), rows)
-    result.write(args.output)
+    result = write_result(run, output, summarise(rows), rows)
     partial.remove()
     return result
+
+
+def write_result(run: Result, output: Path, summary: list[dict], rows: list[dict]) -> Result:
+    """Write the JSON file of a run whose rows are there; its time is this moment."""
+    result = replace(run, environment=run.environment | {"time": _now()}, summary=summary, rows=rows)
+    result.write(output)
+    return result
+
+
+def run_settings(run: Result) -> dict[str, Any]:
+    """What decides the rows of a run as far as its result says it."""
+    return {"harness": run.harness, "arguments": run.arguments, "model": run.model, "config": run.config}
+
+
+def model_run(harness: str, args: argparse.Namespace, name: str, model: PreTrainedModel, config: FlashPrefillConfig) -> Result:
+    """What is known of a run before its first row: all but the summary and the rows. The model is not patched."""
+    identity, arguments = model_record(name, model), recorded_arguments(args)
+    return Result(harness, environment(model.device), identity, config.to_dict(), arguments, [], [])
 
 
 def model_record(name: str, model: PreTrainedModel) -> ModelRecord:
@@ -202,8 +281,8 @@ def model_record(name: str, model: PreTrainedModel) -> ModelRecord:
 
 def recorded_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a result records as arguments: not those that its other parts hold, nor where files are."""
-    of_config = {"alpha", "selector", "min_seq_len", "config", "config_defaults", "set"}
-    left_out = {"output", "device", "dtype", "model"} | of_config
+    of_config = {"alpha", "selector", "min_seq_len", "config", "config_defaults", "set", "pool_size", "correction"}
+    left_out = {"output", "peer", "device", "dtype", "model", "shape", "backend"} | of_config
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
 
 
@@ -221,11 +300,7 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
     Raises:
         UsageError: There is no such model, shape or device.
     """
-    try:
-        target = process_device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {first_line(error)}") from None
+    target = usable_device(device)
     chosen = DTYPES[dtype] if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
     if name.startswith("shape:"):
         return _random_model(name.removeprefix("shape:"), target, dtype)
@@ -246,6 +321,20 @@ def _random_model(shape: str, device: torch.device, dtype: str | None) -> tuple[
     if shape not in SHAPES:
         raise UsageError(f"--model shape:{shape}: the shapes are {', '.join(sorted(SHAPES))}")
     return random_model(shape, str(device), dtype), AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+
+
+def usable_device(device: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    try:
+        target = process_device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {first_line(error)}") from None
+    return target
 
 
 def process_device(device: str) -> torch.device:
@@ -274,16 +363,30 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Where a run took place: versions, device, commit."""
     cuda = device.type == "cuda"
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": _now(),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "threads": None if cuda else torch.get_num_threads(),
         "processes": process_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": package_version("triton"),
         "transformers": transformers.__version__,
         "hf_flashprefill": hf_flashprefill.__version__,
         "commit": _commit(),
     }
+
+
+def package_version(package: str) -> str | None:
+    """Of an installed package; None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_slug(environment: dict[str, Any]) -> str:
+    """The device of a run as file names have it."""
+    return "cpu" if environment["threads"] else environment["device"].lower().replace(" ", "-")
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -354,7 +457,7 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def _fingerprint(model: PreTrainedModel) -> int:
+def fingerprint(model: PreTrainedModel) -> int:
     """Tells apart weights that share a name, such as those of a folder that was trained again."""
     weight = model.get_output_embeddings().weight[:64].detach().cpu().contiguous()
     return zlib.crc32(weight.view(torch.uint8).numpy().tobytes())
@@ -363,6 +466,10 @@ def _fingerprint(model: PreTrainedModel) -> int:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _commit() -> str | None:

@@ -19,14 +19,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eval import common
-from eval.operator_speed import KERNEL_SELECTORS, Tensors, add_tensor_arguments, check_tensor_arguments, random_tensors
+from eval.operator_speed import (
+    KERNEL_SELECTORS,
+    Tensors,
+    add_tensor_arguments,
+    check_tensor_arguments,
+    dated_output,
+    operator_run,
+    random_tensors,
+)
 from eval.schema import Result
 from eval.ttft import config_for_density
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
@@ -82,11 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
     add_tensor_arguments(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
     parser.add_argument("--output", type=Path, help="JSON file (default: results/layouts-DATE-DEVICE.json)")
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    common.check_output_arguments(args)
     if min(args.lengths) < 256:
         raise common.UsageError(f"--lengths must be at least 256 tokens, got {min(args.lengths)}")
     if args.chunk < 1 or args.chunk % 128:
@@ -96,29 +104,34 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_tensor_arguments(args)
 
 
-def main(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
-    check_arguments(args)
-    rows: list[dict] = []
-    for length in tqdm(args.lengths, desc="layout_speed", unit="length"):
-        rows += measure(length, args.density or PUBLISHED_DENSITY.get(length, 0.1), args)
-    environment = common.environment(args.device)
-    kind = environment["device"].lower().replace(" ", "-") if args.device.type == "cuda" else "cpu"
-    path = args.output or Path("results") / f"layouts-{date.today()}-{kind}.json"
-    named = ("lengths", "chunk", "heads", "kv_heads", "head_dim", "seconds")
-    dtype = str(args.dtype).removeprefix("torch.")
-    model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": args.backend}
-    config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend)
-    config = config.resolved().to_dict()
-    Result("layout_speed", environment, model, config, {n: getattr(args, n) for n in named}, summary=[], rows=rows).write(path)
+def report(result: Result, output: Path) -> None:
+    """Print a table, where the JSON is, and the overheads as the last line."""
     cells = [
         [str(row["length"]), row["layout"], f"{row['density']:.3f}", f"{row['median_ms']:.2f}"]
         + ["" if row["overhead"] is None else f"{100 * row['overhead']:+.1f}%"]
-        for row in rows
+        for row in result.rows
     ]
     print(common.format_table(["tokens", "layout", "density", "ms", "against the same work"], cells))
-    print(f"wrote {path}")
-    print(json.dumps([{k: row[k] for k in ("length", "layout", "overhead")} for row in rows if row["overhead"] is not None]))
+    print(f"wrote {output}")
+    overheads = [row for row in result.rows if row["overhead"] is not None]
+    print(json.dumps([{k: row[k] for k in ("length", "layout", "overhead")} for row in overheads]))
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    check_arguments(args)
+    lengths = args.lengths[: args.limit]
+
+    def work(i: int) -> list[dict]:
+        return measure(lengths[i], args.density or PUBLISHED_DENSITY.get(lengths[i], 0.1), args)
+
+    config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend)
+    run = operator_run("layout_speed", args, args.backend, config.resolved())
+    output = args.output or dated_output("results", "layouts", run)
+    names = [f"{i}/{length}" for i, length in enumerate(lengths)]
+    result = common.time_and_record(run, output, names, work, "length")
+    if result:
+        report(result, output)
     return 0
 
 

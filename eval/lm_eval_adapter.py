@@ -11,6 +11,9 @@ What this adds is the pairing: per task and metric the change between the two st
 and the density, which tells whether a task's prompts are long enough for the result to mean anything. Most tasks of the
 harness are short. Prompts run one at a time: in a padded batch, scores of the padding's rows would take part in the choice of
 blocks for the last real rows.
+
+After an interruption the same command takes up the answers that the unpatched model has given, from lm_eval's request cache
+beside the output. The patched model starts again, because the density is counted while it answers.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval import common
+from eval.runner import settings_key
 from eval.schema import Result
 from eval.statistics import paired_mean
 from hf_flashprefill import UnsupportedModelError, patched, prefill_stats
@@ -46,9 +50,13 @@ class LmEvalRow:
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manager: TaskManager, args: argparse.Namespace
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    manager: TaskManager,
+    args: argparse.Namespace,
+    cache: Path | None = None,
 ) -> dict[str, list[dict]]:
-    """The harness's samples by task, for the model as it is."""
+    """The harness's samples by task, for the model as it is; ``cache`` is where its answers are kept."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -58,6 +66,7 @@ def evaluate(
         tasks=args.tasks,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
+        use_cache=None if cache is None else str(cache),
         task_manager=manager,
         apply_chat_template=args.apply_chat_template,
         bootstrap_iters=0,
@@ -68,6 +77,18 @@ def evaluate(
         log_samples=True,
     )
     return results["samples"]
+
+
+def cache_path(run: Result, output: Path, weights: int) -> Path:
+    """Where the answers of the unpatched model are kept, but for what lm_eval appends; of this run's settings alone."""
+    settings = common.run_settings(run) | {"weights": weights, "lm_eval": common.package_version("lm_eval")}
+    return output.with_name(f"{output.stem}.{settings_key(settings)}.unpatched")
+
+
+def remove_cache(cache: Path) -> None:
+    """Delete the answers that are kept there."""
+    for path in cache.parent.glob(f"{cache.name}_rank*.db*"):
+        path.unlink()
 
 
 def pair(before: dict, after: dict) -> list[LmEvalRow]:
@@ -123,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     config = common.check_config_arguments(args).resolved()
+    common.check_one_process("lm_eval_adapter")
     if args.include_path and not Path(args.include_path).is_dir():
         raise common.UsageError(f"--include-path {args.include_path}: there is no such folder")
     try:
@@ -130,22 +152,24 @@ def main(argv: list[str]) -> int:
     except ImportError:
         raise common.UsageError("the lm-evaluation-harness is not installed: pip install lm_eval") from None
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    run = common.model_run("lm_eval", args, args.model, model, config)
+    cache = cache_path(run, args.output, common.fingerprint(model))
     try:
         manager = TaskManager(include_path=args.include_path)
-        before = evaluate(model, tokenizer, manager, args)
+        before = evaluate(model, tokenizer, manager, args, cache)
         with patched(model, config=config):
             after = evaluate(model, tokenizer, manager, args)
             density = prefill_stats(model).density
     except (UnsupportedModelError, KeyError, ValueError) as error:
         # Unknown tasks arrive as KeyError or ValueError, by version.
+        remove_cache(cache)
         raise common.UsageError(f"--tasks {' '.join(args.tasks)}: {common.first_line(error)}") from None
     rows = [asdict(row) for row in pair(before, after)]
+    if rows:
+        common.write_result(run, args.output, [{"tasks": args.tasks, "density": density}], rows)
+    remove_cache(cache)
     if not rows:
         raise common.UsageError(f"--tasks {' '.join(args.tasks)}: no metric with a value per sample")
-    summary = [{"tasks": args.tasks, "density": density}]
-    identity, arguments = common.model_record(args.model, model), common.recorded_arguments(args)
-    result = Result("lm_eval", common.environment(model.device), identity, config.to_dict(), arguments, summary, rows)
-    result.write(args.output)
     print(table(rows, density))
     print(f"wrote {args.output}")
     return 0

@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
@@ -31,11 +32,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from eval import common
 from eval.pictures import draw_operator
-from eval.schema import Result
+from eval.schema import ModelRecord, Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import POOL_SIZES, SELECTORS, SORTING_SELECTORS
@@ -215,7 +215,7 @@ def check_tensor_arguments(args: argparse.Namespace) -> None:
     """Make torch's device and dtype of the options of ``add_tensor_arguments``."""
     if args.heads < 1 or args.kv_heads < 1 or args.heads % args.kv_heads:
         raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
-    args.device = torch.device(args.device)
+    args.device = common.usable_device(args.device)
     args.dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
 
 
@@ -247,11 +247,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_tensor_arguments(parser)
     parser.add_argument("--portable", action="store_true", help="attend with the portable Triton kernel on Hopper, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="quick look: at most this many lengths of each head dim and batch")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-DATE-DEVICE.json)")
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    common.check_output_arguments(args)
     args.densities = args.densities or [PUBLISHED_DENSITY.get(length, 0.1) for length in args.lengths]
     if len(args.densities) != len(args.lengths):
         raise common.UsageError(f"--densities must be one per length, got {len(args.densities)} for {len(args.lengths)}")
@@ -288,48 +290,58 @@ def table(rows: list[dict], selectors: list[str]) -> str:
     return common.format_table(header, cells)
 
 
+def operator_run(harness: str, args: argparse.Namespace, implementation: str, config: FlashPrefillConfig) -> Result:
+    """What is known of a run on random tensors before its first row: all but the summary and the rows."""
+    dtype = str(args.dtype).removeprefix("torch.")
+    identity: ModelRecord = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": implementation}
+    place, arguments = common.environment(args.device), common.recorded_arguments(args)
+    return Result(harness, place, identity, config.to_dict(), arguments, [], [])
+
+
+def dated_output(folder: str, kind: str, run: Result) -> Path:
+    """The JSON file of a run that names none: by day and device."""
+    return Path(folder) / f"{kind}-{date.today()}-{common.device_slug(run.environment)}.json"
+
+
+def peer_checksums(peers: list[str]) -> list[list]:
+    """Name and checksum of every NAME=FILE.py: another file of the same name is another implementation."""
+    named = (peer.partition("=") for peer in peers)
+    return [[name, zlib.crc32(Path(path).read_bytes())] for name, _, path in named]
+
+
+def report(result: Result, output: Path, selectors: list[str]) -> None:
+    """Print a table and where the files are, draw a single shape's lengths, and print the speed-ups as the last line."""
+    rows = result.rows
+    print(table(rows, selectors))
+    if len({(row["head_dim"], row["batch"]) for row in rows}) == 1:
+        picture = output.with_suffix(".png")
+        draw_operator(rows).savefig(picture, dpi=130)
+        print(f"wrote {picture}")
+    print(f"wrote {output}")
+    ratios = [name for name in rows[0] if name.startswith("speedup_over_")]
+    print(json.dumps([{"length": row["length"]} | {name: round(row[name], 3) for name in ratios} for row in rows]))
+
+
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     check_arguments(args)
     backend = resolve_backend(args.backend, torch.empty(1, args.heads, 1, 64, dtype=args.dtype, device=args.device))
-    shapes = [
-        (length, density, head_dim, batch)
+    groups = [
+        [(length, density, head_dim, batch) for length, density in zip(args.lengths, args.densities, strict=True)]
         for head_dim, batch in itertools.product(args.head_dims, args.batches)
-        for length, density in zip(args.lengths, args.densities, strict=True)
     ]
+    shapes = common.limited(groups, args.limit)
+    names = [f"{i}/{length}" for i, (length, *_) in enumerate(shapes)]
+    run = operator_run("operator_speed", args, backend.__name__, args.config)
+    output = args.output or dated_output("benchmarks/results", "operator", run)
     with torch.no_grad(), portable_attention() if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1
-        rows = [measure(*shape, args) for shape in tqdm(shapes, desc="operator_speed", unit="shape")]
-    environment = common.environment(args.device)
-    kind = environment["device"].lower().replace(" ", "-") if args.device.type == "cuda" else "cpu"
-    path = args.output or Path("benchmarks/results") / f"operator-{date.today()}-{kind}.json"
-    named = (
-        "lengths",
-        "densities",
-        "head_dims",
-        "batches",
-        "heads",
-        "kv_heads",
-        "dense_tail_blocks",
-        "selectors",
-        "audit_rows",
-        "portable",
-        "seconds",
-    )
-    dtype = str(args.dtype).removeprefix("torch.")
-    model = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": backend.__name__}
-    arguments = {name: getattr(args, name) for name in named}
-    Result("operator_speed", environment, model, args.config.to_dict(), arguments, summary=[], rows=rows).write(path)
-    print(table(rows, args.selectors))
-    if len({(row["head_dim"], row["batch"]) for row in rows}) == 1:
-        picture = path.with_suffix(".png")
-        draw_operator(rows).savefig(picture, dpi=130)
-        print(f"wrote {picture}")
-    print(f"wrote {path}")
-    ratios = [name for name in rows[0] if name.startswith("speedup_over_")]
-    print(json.dumps([{"length": row["length"]} | {name: round(row[name], 3) for name in ratios} for row in rows]))
+        others = {"peers": peer_checksums(args.peer)}
+        result = common.time_and_record(run, output, names, lambda i: [measure(*shapes[i], args)], "shape", others)
+    if result:
+        report(result, output, args.selectors)
     return 0
 
 

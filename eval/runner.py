@@ -1,6 +1,6 @@
-"""Run a harness's prompts: split over processes, with a progress bar, and kept on disk as they finish.
+"""Run a harness's tasks, prompts or timings: split over processes, with a progress bar, and kept on disk as they finish.
 
-Finished prompts go to `NAME.KEY.RANK.partial.jsonl` beside the output `NAME.json`, where KEY is a hash of everything that
+Rows of finished tasks go to `NAME.KEY.RANK.partial.jsonl` beside the output `NAME.json`, where KEY is a hash of everything that
 decides their results. The same command takes them up again after an interruption, whatever the number of processes; when
 the output is written they are removed.
 """
@@ -27,6 +27,12 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def settings_key(settings: dict[str, Any]) -> str:
+    """A hash of plain values, for names of files that belong to them alone."""
+    content = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
 class PartialRun:
     """Tasks of one run and the rows of those that are finished.
 
@@ -36,9 +42,7 @@ class PartialRun:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any]):
-        content = json.dumps(settings, sort_keys=True, default=str)
-        self._output = output
-        self._key = hashlib.sha256(content.encode()).hexdigest()[:12]
+        self._output, self._key = output, settings_key(settings)
 
     def path(self, rank: int) -> Path:
         return self._output.with_name(f"{self._output.stem}.{self._key}.{rank}.partial.jsonl")
@@ -59,13 +63,16 @@ class PartialRun:
                 rows[entry["task"]] = entry["rows"]
         return rows
 
-    def run(self, names: Sequence[str], work: Callable[[int], list[dict]], description: str) -> list[dict] | None:
+    def run(
+        self, names: Sequence[str], work: Callable[[int], list[dict]], description: str, unit: str = "prompt"
+    ) -> list[dict] | None:
         """Do what is not finished yet.
 
         Args:
             names: One per task, all different.
             work: Makes the rows of task ``i``, plain values only.
             description: Of the progress bar.
+            unit: What a task is called there.
 
         Returns:
             The rows of all tasks in their order; None in processes other than the first.
@@ -77,7 +84,7 @@ class PartialRun:
         todo = [i for i in mine if names[i] not in finished]
         self._output.parent.mkdir(parents=True, exist_ok=True)
         done = {names[i]: finished[names[i]] for i in mine if names[i] in finished}
-        bar = tqdm(todo, initial=len(mine) - len(todo), total=len(mine), desc=description, unit="prompt", disable=rank > 0)
+        bar = tqdm(todo, initial=len(mine) - len(todo), total=len(mine), desc=description, unit=unit, disable=rank > 0)
         with self.path(rank).open("a", encoding="utf-8") as file:
             if file.tell() and not self.path(rank).read_bytes().endswith(b"\n"):
                 file.write("\n")
@@ -89,14 +96,14 @@ class PartialRun:
                     file.flush()
                     done[names[i]] = json.loads(line)["rows"]
             except KeyboardInterrupt:
-                bar.write(f"{len(done)} of {len(mine)} prompts are kept; the same command goes on from there")
+                bar.write(f"{len(done)} of {len(mine)} {unit}s are kept; the same command goes on from there")
                 raise
         if count > 1:
             done = _gathered(done)
         return [row for name in names for row in done[name]] if rank == 0 else None
 
     def remove(self) -> None:
-        """Delete the files of finished prompts."""
+        """Delete the files of finished tasks."""
         for path in self._paths():
             path.unlink()
 

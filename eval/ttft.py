@@ -8,7 +8,8 @@ of attention is the difference, and unpatched over free is the most that any spa
 
 Random weights attend to everything alike, so a threshold says nothing about them. ``--density`` therefore imposes a density:
 alpha is 1, which keeps next to nothing by score, and the local window is widened until the density is the one asked for.
-The probe runs in full all the same. The first call at a length is reported apart from the others.
+The probe runs in full all the same. The first call at a length is reported apart from the others: it compiles what no earlier
+length of this process has compiled, so the first length after an interruption has a slow one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -149,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
     parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
     parser.add_argument("--output", type=Path, default=Path("results/ttft.json"), help="JSON file (default: %(default)s)")
     return parser
 
@@ -171,46 +172,46 @@ def densities_of(args: argparse.Namespace) -> list[float | None]:
     return [density] * len(args.lengths)
 
 
-def main(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
-    if args.repeats < 1:
-        raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
-    densities = densities_of(args)
-    base = common.given_config(args).resolved()
-    if args.shape:
-        model = random_model(args.shape, args.device, args.dtype)
-    else:
-        model, _ = common.load_model(args.model, args.device, args.dtype)
-    rows = []
-    for length, density in tqdm(list(zip(args.lengths, densities, strict=True)), desc="ttft", unit="length"):
-        config = base if density is None else config_for_density(base, length, density)
-        try:
-            rows.append(measure(model, length, config, args.repeats))
-        except ValueError as error:
-            raise common.UsageError(common.first_line(error)) from None
-    identity = {
-        "name": args.shape or Path(args.model).name,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "base_implementation": model.config._attn_implementation,
-    }
-    arguments = {name: getattr(args, name) for name in ("lengths", "density", "repeats")}
-    Result("ttft", common.environment(model.device), identity, base.to_dict(), arguments, [], rows).write(args.output)
+def report(result: Result, output: Path) -> None:
+    """Print a table, where the JSON is, and the speed-ups as the last line."""
     header = ["tokens", "density", "unpatched s", "patched s", "free attention s", "speed-up", "ceiling", "first calls s"]
     cells = [
         [
             str(row["length"]),
-            "dense" if row["density"] is None else f"{row['density']:.3f}",
+            common.format_density(row["density"]),
             *(f"{row[state]['median_s']:.3f}" for state in ("unpatched", "patched", "free_attention")),
             f"{row['speedup']:.2f}",
             f"{row['ceiling']:.2f}",
             f"{row['unpatched']['first_call_s']:.2f} / {row['patched']['first_call_s']:.2f}",
         ]
-        for row in rows
+        for row in result.rows
     ]
     print(common.format_table(header, cells))
-    print(f"wrote {args.output}")
-    print(json.dumps({str(row["length"]): round(row["speedup"], 3) for row in rows}))
+    print(f"wrote {output}")
+    print(json.dumps({str(row["length"]): round(row["speedup"], 3) for row in result.rows}))
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    if args.repeats < 1:
+        raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    base = common.check_config_arguments(args).resolved()
+    tasks = list(zip(args.lengths, densities_of(args), strict=True))[: args.limit]
+    if args.shape:
+        model = random_model(args.shape, str(common.usable_device(args.device)), args.dtype)
+    else:
+        model, _ = common.load_model(args.model, args.device, args.dtype)
+
+    def work(i: int) -> list[dict]:
+        length, density = tasks[i]
+        config = base if density is None else config_for_density(base, length, density)
+        return [measure(model, length, config, args.repeats)]
+
+    run = common.model_run("ttft", args, args.shape or args.model, model, base)
+    names = [f"{i}/{length}" for i, (length, _) in enumerate(tasks)]
+    result = common.time_and_record(run, args.output, names, work, "length", {"weights": common.fingerprint(model)})
+    if result:
+        report(result, args.output)
     return 0
 
 

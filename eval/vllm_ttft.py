@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from eval import common
-from eval.schema import Result
+from eval.schema import ModelRecord, Result
 from eval.ttft import SHAPES, config_for_density, densities_of, spread
 from hf_flashprefill import FlashPrefillConfig
 from hf_flashprefill.integrations.vllm import STATS_PATH, register
@@ -85,9 +84,13 @@ def first_token_seconds(llm, length: int, vocabulary: int, repeats: int) -> list
     return seconds
 
 
-def measure(folder: str, vocabulary: int, chunk: int, configs: dict[int, FlashPrefillConfig], args) -> Iterator[dict]:
-    """A row per length of one chunk size: one stock engine for all, then an engine of ours for each length's settings."""
-    longest = max(configs)
+def measure(
+    folder: str, vocabulary: int, chunk: int, configs: dict[int, FlashPrefillConfig], longest: int, args: argparse.Namespace
+) -> Iterator[dict]:
+    """A row per length of one chunk size: one stock engine for all, then an engine of ours for each length's settings.
+
+    Engines take prompts of up to ``longest`` tokens.
+    """
 
     def ask_stock(llm) -> dict[int, list[float]]:
         return {length: first_token_seconds(llm, length, vocabulary, args.repeats) for length in configs}
@@ -131,17 +134,73 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", default="published", help="a number, or the papers' at each length (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="measured requests after the first (default: %(default)s)")
     parser.add_argument("--memory", type=float, default=0.8, help="share of the GPU's memory to use (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="quick look: at most this many lengths of each chunk size")
     parser.add_argument("--output", type=Path, default=Path("results/vllm-ttft.json"), help="JSON file (default: %(default)s)")
     return parser
 
 
-def main(argv: list[str]) -> int:
-    args = build_parser().parse_args(argv)
+def report(result: Result, output: Path) -> None:
+    """Print a table, where the JSON is, and the speed-ups as the last line."""
+    print(table({"rows": result.rows}))
+    print(f"wrote {output}")
+    print(json.dumps([{"length": r["length"], "chunk": r["chunk"], "speedup": round(r["speedup"], 3)} for r in result.rows]))
+
+
+def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
+    """The settings of the patched state, after a look at the other arguments.
+
+    Raises:
+        UsageError: A value is out of its range, or there is more than one process.
+    """
     if args.repeats < 1:
         raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
     if min(args.lengths) < 1 or min(args.chunks) < 0:
         raise common.UsageError(f"--lengths and --chunks must be positive, got {args.lengths} and {args.chunks}")
-    base = common.given_config(args).resolved()
+    # vLLM would take accelerate's process group for that of its own workers.
+    common.check_one_process("vllm_ttft")
+    return common.check_config_arguments(args).resolved()
+
+
+def run_of(args: argparse.Namespace, shape: PretrainedConfig, config: FlashPrefillConfig, version: str) -> Result:
+    """What is known of a run with this version of vLLM before its first row: all but the summary and the rows."""
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(shape).num_parameters()
+    identity: ModelRecord = {
+        "name": args.shape,
+        "parameters": parameters,
+        "dtype": "bfloat16",
+        "base_implementation": "vLLM FLASH_ATTN",
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place, arguments = common.environment(device) | {"vllm": version}, common.recorded_arguments(args)
+    return Result("vllm_ttft", place, identity, config.to_dict(), arguments, [], [])
+
+
+def measure_all(
+    run: Result, shape: PretrainedConfig, configs: dict[int, FlashPrefillConfig], args: argparse.Namespace
+) -> Result | None:
+    """The rows of all chunk sizes and lengths."""
+    tasks = [(chunk, length) for chunk in dict.fromkeys(args.chunks) for length in configs]
+    measured: dict[int, Iterator[dict]] = {}
+
+    with tempfile.TemporaryDirectory() as folder:
+        shape.architectures = [type(shape).__name__.replace("Config", "ForCausalLM")]
+        shape.save_pretrained(folder)
+
+        def work(i: int) -> list[dict]:
+            chunk, _ = tasks[i]
+            if chunk not in measured:
+                # Tasks are done in order, so those of this chunk that are left are all that follow.
+                left = {length: configs[length] for other, length in tasks[i:] if other == chunk}
+                measured[chunk] = measure(folder, shape.vocab_size, chunk, left, max(configs), args)
+            return [next(measured[chunk])]
+
+        return common.time_and_record(run, args.output, [f"{chunk}/{length}" for chunk, length in tasks], work, "row")
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    base = check_arguments(args)
     densities = densities_of(args)
     # Engines of this process, whose counters we ask; vLLM reads it when it is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -152,26 +211,11 @@ def main(argv: list[str]) -> int:
     # Where the package is not installed but on the path, nothing else would.
     register()
     shape = SHAPES[args.shape]()
-    configs = {n: config_for_density(base, n, density) for n, density in zip(args.lengths, densities, strict=True)}
-    arguments = {name: getattr(args, name) for name in ("lengths", "chunks", "density", "repeats", "memory")}
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(shape).num_parameters()
-    identity = {"name": args.shape, "parameters": parameters, "dtype": "bfloat16", "base_implementation": "vLLM FLASH_ATTN"}
-    rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        shape.architectures = [type(shape).__name__.replace("Config", "ForCausalLM")]
-        shape.save_pretrained(folder)
-        progress = tqdm(total=len(args.chunks) * len(args.lengths), desc="vllm_ttft", unit="row")
-        for chunk in args.chunks:
-            for row in measure(folder, shape.vocab_size, chunk, configs, args):
-                rows.append(row)
-                progress.update()
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                environment = common.environment(device) | {"vllm": vllm.__version__}
-                Result("vllm_ttft", environment, identity, base.to_dict(), arguments, [], rows).write(args.output)
-    print(table({"rows": rows}))
-    print(f"wrote {args.output}")
-    print(json.dumps([{"length": r["length"], "chunk": r["chunk"], "speedup": round(r["speedup"], 3)} for r in rows]))
+    lengths = list(zip(args.lengths, densities, strict=True))[: args.limit]
+    configs = {length: config_for_density(base, length, density) for length, density in lengths}
+    result = measure_all(run_of(args, shape, base, vllm.__version__), shape, configs, args)
+    if result:
+        report(result, args.output)
     return 0
 
 

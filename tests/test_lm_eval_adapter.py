@@ -2,13 +2,15 @@
 
 import json
 import math
+import sys
 from random import Random
 
 import pytest
 
 from eval import lm_eval_adapter
-from eval.common import UsageError
+from eval.common import UsageError, run_command
 from eval.haystack import random_facts, standard_library_text
+from eval.schema import timeless
 
 TASK = """
 task: planted_codes
@@ -63,13 +65,13 @@ def planted(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("output_type", "metric", "more"),
-    [
-        ("generate_until", "exact_match", "generation_kwargs:\n  max_gen_toks: 6\n  do_sample: false\n  until: []"),
-        ("loglikelihood", "acc", ""),
-    ],
-)
+TYPES = [
+    ("generate_until", "exact_match", "generation_kwargs:\n  max_gen_toks: 6\n  do_sample: false\n  until: []"),
+    ("loglikelihood", "acc", ""),
+]
+
+
+@pytest.mark.parametrize(("output_type", "metric", "more"), TYPES)
 def test_a_local_task_end_to_end(output_type, metric, more, planted, capsys):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     task = TASK.format(data=planted / "codes.jsonl", output_type=output_type, metric=metric, more=more)
@@ -90,7 +92,44 @@ def test_a_local_task_end_to_end(output_type, metric, more, planted, capsys):
     assert "planted_codes" in capsys.readouterr().out
 
 
-def test_unknown_tasks_are_refused():
+@pytest.mark.parametrize(("finished", "kind"), [(1, TYPES[0]), (4, TYPES[1])], ids=["unpatched", "patched"])
+def test_an_interrupted_run_keeps_what_the_unpatched_model_answered(finished, kind, planted, monkeypatch):
+    """``finished`` of six calls, three a state, come before the interruption."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    output_type, metric, more = kind
+    task = TASK.format(data=planted / "codes.jsonl", output_type=output_type, metric=metric, more=more)
+    (planted / "planted_codes.yaml").write_text(task)
+    options = ["--tasks", "planted_codes", "--include-path", str(planted), "--device", "cpu"]
+    few = [*options, "--alpha", "1", "--set", "sink_blocks=0", "window_blocks=1", "dense_tail_blocks=0"]
+    assert lm_eval_adapter.main([*few, "--output", str(planted / "whole.json")]) == 0
+    name = "_model_generate" if output_type == "generate_until" else "_model_call"
+    ask, calls = getattr(HFLM, name), []
+
+    def interrupting(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == finished + 1:
+            raise KeyboardInterrupt
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(HFLM, name, interrupting)
+    path = planted / "out.json"
+    monkeypatch.setattr(sys, "argv", ["lm_eval_adapter", *few, "--output", str(path)])
+    assert run_command(lm_eval_adapter.main) == 130
+    assert not path.exists()
+    assert len(list(planted.glob("out.*.unpatched_rank0.db"))) == 1
+    # Answers are of one set of settings.
+    assert lm_eval_adapter.main([*options, "--alpha", "0.5", "--output", str(path)]) == 0
+    assert len(calls) == finished + 1 + 6
+    assert run_command(lm_eval_adapter.main) == 0
+    assert len(calls) == finished + 1 + 6 + 6 - min(finished, 3)
+    assert timeless(json.loads(path.read_text())) == timeless(json.loads((planted / "whole.json").read_text()))
+    assert not list(planted.glob("*.db*"))
+
+
+def test_unknown_tasks_are_refused(tmp_path):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     with pytest.raises(UsageError, match="--tasks no_such_task"):
-        lm_eval_adapter.main(["--tasks", "no_such_task", "--device", "cpu"])
+        lm_eval_adapter.main(["--tasks", "no_such_task", "--device", "cpu", "--output", str(tmp_path / "out.json")])
+    assert not list(tmp_path.iterdir())

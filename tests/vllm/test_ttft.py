@@ -1,6 +1,8 @@
 """eval.vllm_ttft around real engines on the CPU: which engines it starts, what it asks them, and what it writes."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig
@@ -50,6 +52,58 @@ def test_each_length_is_measured_in_chunks_and_at_once(engines, tmp_path, capsys
         assert 0.3 < row["density"] < 0.6
         assert row["speedup"] == pytest.approx(row["unpatched"]["median_s"] / row["patched"]["median_s"])
     assert "FlashAttention s" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["ttft.json"]
+    assert set(record["arguments"]) == {"lengths", "chunks", "density", "repeats", "memory", "limit"}
+    assert record["environment"]["vllm"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(chunk, ours or not, longest, lengths asked) of every engine that the command starts; none of them is one."""
+    started = []
+
+    def in_engine(folder, longest, chunk, memory, config, work):
+        lengths = []
+        started.append((chunk, config is not None, longest, lengths))
+        counted = {"density": 0.4, "sparse_calls": 2, "layers": [{"dense_calls": {}}]}
+        return work(SimpleNamespace(collective_rpc=lambda name: [counted], lengths=lengths))
+
+    def first_token_seconds(llm, length, vocabulary, repeats):
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        llm.lengths.append(length)
+        return [1.0] * (repeats + 1)
+
+    monkeypatch.setattr(vllm_ttft, "in_engine", in_engine)
+    monkeypatch.setattr(vllm_ttft, "first_token_seconds", first_token_seconds)
+    small = LlamaConfig(vocab_size=VOCABULARY, hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+    monkeypatch.setitem(vllm_ttft.SHAPES, "llama-3.1-8b", lambda: small)
+    return started
+
+
+def test_an_interrupted_run_starts_the_engines_that_are_left(asked, tmp_path, monkeypatch):
+    path = tmp_path / "ttft.json"
+    options = ["--lengths", "3000", "1500", "--chunks", "1024", "0", "--density", "0.4", "--output", str(path)]
+    monkeypatch.setattr(sys, "argv", ["vllm_ttft", *options])
+    assert common.run_command(vllm_ttft.main) == 130
+    assert asked == [(1024, False, 3000, [3000, 1500]), (1024, True, 3000, [3000]), (1024, True, 3000, [])]
+    assert not path.exists()
+    assert common.run_command(vllm_ttft.main) == 0
+    assert asked[3:] == [
+        *((1024, False, 3000, [1500]), (1024, True, 3000, [1500])),
+        *((0, False, 3000, [3000, 1500]), (0, True, 3000, [3000]), (0, True, 3000, [1500])),
+    ]
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["length"], row["chunk"]) for row in rows] == [(3000, 1024), (1500, 1024), (3000, 3000), (1500, 1500)]
+    assert [file.name for file in tmp_path.iterdir()] == ["ttft.json"]
+
+
+def test_limit_takes_the_first_lengths_of_each_chunk_size(asked, tmp_path):
+    path = tmp_path / "ttft.json"
+    # The third engine would be interrupted.
+    options = ["--lengths", "1500", "3000", "--chunks", "1024", "--density", "0.4", "--limit", "1", "--output", str(path)]
+    assert vllm_ttft.main(options) == 0
+    assert asked == [(1024, False, 1500, [1500]), (1024, True, 1500, [1500])]
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
