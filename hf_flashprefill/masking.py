@@ -39,10 +39,6 @@ class CausalMask(torch.Tensor):
 
     sliding_window: int | None = None
 
-    @classmethod
-    def without_padding(cls, batch: int, valid_length: int, device: torch.device | str) -> CausalMask:
-        return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, valid_length).as_subclass(cls)
-
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Tensor.to``; a copy of an expanded tensor is filled in, so what says that nothing is padding is put back."""
         moved = super().to(*args, **kwargs)
@@ -64,6 +60,11 @@ def _mask_class(sliding_window: int | None) -> type[CausalMask]:
     if sliding_window is None:
         return CausalMask
     return type("WindowedCausalMask", (CausalMask,), {"sliding_window": sliding_window})
+
+
+# No class method: a graph of torch 2.15 does not follow one of a class that it got from _constant_mask_class.
+def _without_padding(marker: type[CausalMask], batch: int, valid_length: int, device: torch.device | str) -> CausalMask:
+    return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, valid_length).as_subclass(marker)
 
 
 def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
@@ -145,7 +146,7 @@ def _compiled_mask(arguments: dict[str, Any]) -> CausalMask | None:
     if _is_nonzero(arguments.get("kv_offset", 0)) or (valid_length > plain_up_to and window is None):
         return None
     marker = CausalMask if valid_length <= plain_up_to else _constant_mask_class(window)
-    return marker.without_padding(arguments["batch_size"], valid_length, arguments["device"])
+    return _without_padding(marker, arguments["batch_size"], valid_length, arguments["device"])
 
 
 def _compiled_locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
@@ -221,13 +222,13 @@ def _causal_mask(arguments: dict[str, Any]) -> CausalMask | None:
     marker = _mask_class(window)
     padding = arguments.get("attention_mask")
     if padding is None:
-        return marker.without_padding(arguments["batch_size"], valid_length, _device(arguments))
+        return _without_padding(marker, arguments["batch_size"], valid_length, _device(arguments))
     if padding.dim() != 2 or padding.shape[1] < key_offset + valid_length:
         return None
     padding = padding[:, key_offset : key_offset + valid_length].contiguous()
     whole, one_run = torch.stack([padding.all(), _runs(padding)[1]]).tolist()
     if whole:
-        return marker.without_padding(len(padding), valid_length, padding.device)
+        return _without_padding(marker, len(padding), valid_length, padding.device)
     return padding.as_subclass(marker) if one_run else None
 
 
