@@ -46,10 +46,13 @@ def length_axis(axis: Axes, lengths: Sequence[int]) -> None:
 
 
 def _plain_log_axis(axis: Axes, which: str) -> None:
-    """A logarithmic axis with ticks at 1, 2 and 5 times powers of ten, written as plain numbers."""
+    """A logarithmic axis with ticks at 1, 2, 3 and 5 times powers of ten, written as plain numbers.
+
+    With a single tick on it matplotlib would set others of its own, over one another.
+    """
     getattr(axis, f"set_{which}scale")("log")
     one = getattr(axis, f"{which}axis")
-    one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    one.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     one.set_major_formatter(lambda value, _: f"{value:g}")
     one.set_minor_locator(NullLocator())
 

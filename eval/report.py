@@ -30,7 +30,9 @@ from hf_flashprefill.plotting import plot_density
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #2d3748; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-weight: 600; font-size: 1.5rem; } h2 { font-weight: 600; font-size: 1.15rem; margin-top: 2.5rem; }
-pre { font: 13px/1.45 ui-monospace, monospace; overflow-x: auto; }
+/* Tables may stand out to the right of the text, and scroll where that is not enough. */
+pre { font: 13px/1.45 ui-monospace, monospace; overflow-x: auto; width: max-content; max-width: max(100%, calc(50vw + 30rem)); }
+@media print { pre { font-size: 7.5px; } }
 figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .run { color: #718096; font-size: 0.88rem; }
 nav a { color: #2b6cb0; text-decoration: none; margin-right: 1.2em; }
 """

@@ -24,7 +24,7 @@ MEAN_WEIGHT = 16.0
 
 # What None stands for in these fields. The published method keeps 256 tokens of sinks and 512 of window and has no correction
 # (arXiv 2603.06199, Table 9). The finer probes find by themselves what matters there; at 32K tokens the correction lowered the
-# rise of a trained model's perplexity from 1.18 to .35 % (benchmarks/results/selection-2026-11-25-h200-32k).
+# rise of a trained model's perplexity from .65 % to none (benchmarks/results/selection-2026-11-25-h200-32k).
 OF_PUBLISHED_RULE = {"sink_blocks": 2, "window_blocks": 4, "correction": False}
 OF_FINER_PROBES = {"sink_blocks": 1, "window_blocks": 2, "correction": True}
 
@@ -62,8 +62,8 @@ class FlashPrefillConfig:
             tokens (FlashPrefill V2). None: True, and False for ``"flashprefill"``, whose first version has no correction.
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0; or ``"auto"``: from where sparse
             prefill was faster when ``warmup`` measured it on this machine, else 12288 tokens on Hopper GPUs, 8192 on CPUs and
-            16384 on other GPUs and for small layers. On one H200 the operator was 0.94 times as fast as torch's dense
-            attention at 8192 tokens and 1.40 times at 12288; the other numbers are guesses.
+            16384 on other GPUs and for small layers. On one H200 the operator was 0.66 times as fast as torch's dense
+            attention at 8192 tokens and 1.10 times at 12288; the other numbers are guesses.
         dense_layers: Layers, counted from 0, that stay dense.
         layer_alphas: One alpha for each layer of a model, as ``calibrate`` finds them; they replace ``alpha``. None: all
             layers have ``alpha``. The operator by itself knows no layers and takes ``alpha``.
