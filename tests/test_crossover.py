@@ -277,7 +277,7 @@ def test_the_clock_times_the_operator_at_the_assumed_density(settings, monkeypat
     original = torch_backend.attend_blocks
 
     def attend(query, key, value, index, **options):
-        seen.append((tuple(query.shape), tuple(key.shape), index.density(), "means" in options))
+        seen.append((tuple(query.shape), tuple(key.shape), index.density(), options["means"] is not None))
         original(query, key, value, index, **options)
 
     monkeypatch.setattr(torch_backend, "attend_blocks", attend)
