@@ -1,4 +1,5 @@
-"""What the default settings must reach on the bundled model, and the published rule with as many blocks does not."""
+"""What the default settings must reach on the bundled model, and the published rule with as many blocks does not; what the
+correction is worth there."""
 
 import doctest
 import math
@@ -6,15 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from eval.haystack import encode
-from eval.probe import observed_attention
+from eval.probe import attention_inputs, observed_attention
 from eval.recall import score
 from eval.recall_prompts import make_prompts
 from eval.selection import measure_point, summarise_point
 from eval.selection_layers import LayerMeasurements, point_index
 from eval.selection_points import Point
-from hf_flashprefill import FlashPrefillConfig
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.geometry import PrefillGeometry
 
 # Questions in the second half and no dense tail blocks, so that the selection decides every answer. On these two prompts
@@ -74,3 +77,21 @@ def test_the_published_rule_does_not_with_as_many_blocks(outcomes):
     assert default["density"] <= published["density"] < default["density"] + 0.05
     assert published["recall"] < LEAST_RECALL
     assert published["perplexity_rise"] > MOST_RISE
+
+
+@torch.no_grad()
+def test_the_correction_hurts_no_head_of_any_layer(recall_model):
+    """Why there is no setting to leave it out layer by layer."""
+    model, tokenizer = recall_model
+    corpus = encode(tokenizer, Path(doctest.__file__).read_text(encoding="utf-8"))
+    (prompt,) = make_prompts(tokenizer, corpus, 4096, 1)
+    for query, key, value in attention_inputs(model, prompt.ids):
+        exact = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        outputs = (
+            flash_prefill_attention(query, key, value, config=replace(BASE, correction=correction))
+            for correction in (True, False)
+        )
+        corrected, uncorrected = ((output - exact).square().sum((0, 2, 3)) for output in outputs)
+        assert (uncorrected > 0).all(), "nothing was dropped"
+        assert (corrected <= 1.02 * uncorrected).all()
+        assert corrected.sum() < 0.9 * uncorrected.sum()
