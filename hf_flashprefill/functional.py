@@ -91,15 +91,15 @@ def flash_prefill_attention(
     parts: list[BlockIndex] = []
     pooled = None
     with torch.no_grad():
-        if backend is not reference:
+        if backend is reference:
+            options["correction"] = config.correction and window is None
+        else:
             # Padding rows are nobody's to write, so they must start as zeros.
             fill = torch.empty if valid_ranges is None else torch.zeros
             output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
             # A window keeps all it sees, and what it does not see must not come back as a mean.
             if window is None:
                 pooled, options["means"] = pool_inputs(key, value, geometry, config, backend)
-        else:
-            options["correction"] = config.correction and window is None
         for index in select_in_rounds(query, key, geometry, config, scale, window, pooled):
             if backend is reference:
                 output = reference.attend_blocks(query, key, value, index, **options).to(query.dtype)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ def test_kernels_compile_clean(capability):
     for verdict in verdicts:
         # With means, 4 to 264 bytes wait in memory from one head's end to the next one's begin; no loop knows of them, nor of
         # the 12 to 24 that Triton 3.6 lays aside before the portable kernel's loop.
-        assert verdict["spilled"] <= (300 if verdict["kernel"] == "attend_hopper means" else 24), verdict
+        elsewhere = 24 if version("triton").startswith("3.6.") else 0
+        assert verdict["spilled"] <= (300 if verdict["kernel"] == "attend_hopper means" else elsewhere), verdict
         assert verdict["spilled_in_loops"] == 0, verdict
         assert verdict["warnings"] == [], verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
