@@ -38,7 +38,7 @@ from eval.pictures import draw_operator
 from eval.schema import ModelRecord, Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
-from hf_flashprefill.config import POOL_SIZES, SELECTORS, SORTING_SELECTORS
+from hf_flashprefill.config import MEAN_BLOCKS, POOL_SIZES, SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, median_ms
 from hf_flashprefill.functional import pool_inputs, resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
@@ -241,6 +241,13 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="attend with the means of dropped blocks, too (default: as the selector does)",
     )
+    parser.add_argument(
+        "--mean-blocks",
+        type=int,
+        default=FlashPrefillConfig().mean_blocks,
+        choices=MEAN_BLOCKS,
+        help="blocks per mean (default: %(default)s)",
+    )
     parser.add_argument("--audit-rows", type=int, default=0, help="time the audit of this many rows, too (default: none)")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
@@ -265,7 +272,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise common.UsageError(f"--portable must come with a GPU, got --device {args.device}")
     try:
         args.config = FlashPrefillConfig(
-            alpha=1.0, correction=args.correction, pool_size=args.pool_size, audit_rows=args.audit_rows
+            alpha=1.0,
+            correction=args.correction,
+            mean_blocks=args.mean_blocks,
+            pool_size=args.pool_size,
+            audit_rows=args.audit_rows,
         )
     except ValueError as error:
         raise common.UsageError(common.first_line(error)) from None

@@ -15,8 +15,10 @@ SELECTORS = ("blend", "share", "peak", "flashprefill", "topk", "topp")
 SORTING_SELECTORS = ("topk", "topp")
 BACKENDS = ("auto", "triton", "torch", "reference")
 BLOCK_SIZES = (64, 128)
+MEAN_BLOCKS = (1, 2, 4, 8, 16)
 POOL_SIZES = (4, 8, 16, 32)
 QUERY_STRIDES = (1, 2, 4, 8, 16, 32, 64)
+CHOICES = {"block_size": BLOCK_SIZES, "pool_size": POOL_SIZES, "query_stride": QUERY_STRIDES, "mean_blocks": MEAN_BLOCKS}
 AUTO = "auto"
 # What "blend" multiplies the geometric mean of a block's shares with; the larger of that and the largest share is compared with
 # alpha. The largest is for what one query alone needs, the mean for what all look at a little.
@@ -58,8 +60,10 @@ class FlashPrefillConfig:
             ``"flashprefill"``.
         dense_tail_blocks: Query blocks at the end of the prompt that see every block, >= 0. In a prefill in chunks each
             chunk's end counts, because a chunk does not tell whether another follows.
-        correction: Whether each dropped block takes part in the softmax through its mean key and mean value, weighted by its
-            tokens (FlashPrefill V2). None: True, and False for ``"flashprefill"``, whose first version has no correction.
+        correction: Whether each dropped block takes part in the softmax through a mean key and a mean value, weighted by its
+            tokens. None: True, and False for ``"flashprefill"``, whose first version has no correction.
+        mean_blocks: Blocks averaged into one such mean, 1, 2, 4, 8 or 16, counted back from the query block. 1 is the
+            correction of FlashPrefill V2; the more, the fewer means there are to attend.
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0; or ``"auto"``: from where sparse
             prefill was faster when ``warmup`` measured it on this machine, else 12288 tokens on Hopper GPUs, 8192 on CPUs and
             16384 on other GPUs and for small layers. On one H200 the operator was 0.66 times as fast as torch's dense
@@ -89,6 +93,7 @@ class FlashPrefillConfig:
     window_blocks: int | None = None
     dense_tail_blocks: int = 2
     correction: bool | None = None
+    mean_blocks: int = 8
     min_seq_len: int | str = AUTO
     dense_layers: tuple[int, ...] = ()
     layer_alphas: tuple[float, ...] | None = None
@@ -101,7 +106,7 @@ class FlashPrefillConfig:
             object.__setattr__(self, name, _share(name, getattr(self, name)))
         _require_choice("selector", self.selector, SELECTORS)
         _require_choice("backend", self.backend, BACKENDS)
-        for name, choices in (("block_size", BLOCK_SIZES), ("pool_size", POOL_SIZES), ("query_stride", QUERY_STRIDES)):
+        for name, choices in CHOICES.items():
             _require_choice(name, getattr(self, name), choices)
         for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0)):
             if name not in OF_FINER_PROBES or getattr(self, name) is not None:

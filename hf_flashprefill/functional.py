@@ -92,7 +92,7 @@ def flash_prefill_attention(
     pooled = None
     with torch.no_grad():
         if backend is reference:
-            options["correction"] = config.correction and window is None
+            options["mean_blocks"] = config.mean_blocks if config.correction and window is None else None
         else:
             # Padding rows are nobody's to write, so they must start as zeros.
             fill = torch.empty if valid_ranges is None else torch.zeros
@@ -117,8 +117,8 @@ def flash_prefill_attention(
 def pool_inputs(
     key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, config: FlashPrefillConfig, backend: ModuleType
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """The pooled keys that the selector probes and, with the correction, the block means of keys and of values
-    [B, Hkv, N, D]. ``backend`` is the one that attends, not the reference."""
+    """The pooled keys that the selector probes and, with the correction, the means of keys and of values that stand for
+    dropped blocks, ``run_means`` of the backend. ``backend`` is the one that attends, not the reference."""
     pool_size, selecting = selection_rule(config)["pool_size"], selecting_backend(config.selector, backend)
     if not config.resolved().correction:
         return selecting.pool_keys(key, geometry, pool_size), None
@@ -126,7 +126,7 @@ def pool_inputs(
         pooled, key_means = backend.pool_keys_and_blocks(key, geometry, pool_size)
     else:
         pooled, key_means = selecting.pool_keys(key, geometry, pool_size), backend.pool_keys(key, geometry, config.block_size)
-    return pooled, (key_means, backend.pool_keys(value, geometry, config.block_size))
+    return pooled, backend.run_means(key_means, backend.pool_keys(value, geometry, config.block_size), config.mean_blocks)
 
 
 def select_in_rounds(

@@ -30,6 +30,13 @@ def pooled_keys(keys: torch.Tensor, pool_size: int) -> torch.Tensor:
     return pooled.masked_fill(~pooled.isfinite(), math.nan)
 
 
+def run_means(means: torch.Tensor, mean_blocks: int) -> torch.Tensor:
+    """Row J is the mean of block means J - ``mean_blocks`` + 1 to J, as far back as there are any: [H, N, D] -> [H, N, D]."""
+    ends = range(1, means.shape[1] + 1)
+    runs = [means[:, max(0, end - mean_blocks) : end].float().mean(1) for end in ends]
+    return torch.stack(runs, 1).to(means.dtype)
+
+
 def block_energies(
     queries: torch.Tensor,
     positions: torch.Tensor,
@@ -226,7 +233,7 @@ def row_attention(
     *,
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
-    correction: bool = False,
+    mean_blocks: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Exact causal attention over the kept blocks: [Hq, R, D] and [Hkv, S, D] -> [Hq, R, D] in ``dtype``.
@@ -241,21 +248,24 @@ def row_attention(
         scale: Multiplies the dot product.
         sliding_window: Tokens; a query sees itself and the keys up to ``sliding_window - 1`` tokens before it.
         sinks: [Hq]; a logit per head that takes part in the softmax and has no value.
-        correction: Whether each dropped block before the query's own enters the softmax as ``block_size`` copies of its
-            mean key, with its mean value (FlashPrefill V2).
+        mean_blocks: The blocks before the query's own, counted back from it, are averaged in runs of so many, and each token
+            of a dropped block enters the softmax as its run's mean key, with the mean value. At 1 that is FlashPrefill V2;
+            None leaves dropped blocks out.
         dtype: The precision of the computation.
     """
     group = queries.shape[0] // keys.shape[0]
     key_position = torch.arange(keys.shape[1], device=queries.device)
-    key_block = torch.arange(kept.shape[-1], device=queries.device)
     first_block = int(positions[0]) // block_size
-    key_means, value_means = (pooled_keys(tensor, block_size) for tensor in (keys, values))
+    if mean_blocks is not None:
+        key_means, value_means = (run_means(pooled_keys(tensor, block_size), mean_blocks) for tensor in (keys, values))
     outputs = []
     for head, query in enumerate(queries):
         key, value = keys[head // group].to(dtype), values[head // group].to(dtype)
         blocks = []
         for block, mask in enumerate(kept[head]):
             rows = positions // block_size == first_block + block
+            if not rows.any():
+                continue
             distance = positions[rows, None] - key_position
             seen = mask.repeat_interleave(block_size)[: len(key)] & (distance >= 0)
             if sliding_window is not None:
@@ -263,11 +273,12 @@ def row_attention(
             logits = [(query[rows].to(dtype) @ key.T * scale).masked_fill(~seen, -math.inf)]
             # Weight 0 times a NaN in a block that was dropped would still be NaN.
             columns = [value.masked_fill(~seen.any(0)[:, None], 0.0)]
-            if correction:
-                dropped = ~mask & (key_block < first_block + block)
-                means = query[rows].to(dtype) @ key_means[head // group, dropped[: key_means.shape[1]]].to(dtype).T * scale
-                logits.append(means + math.log(block_size))
-                columns.append(value_means[head // group, dropped[: value_means.shape[1]]].to(dtype))
+            for end in range(first_block + block, 0, -mean_blocks) if mean_blocks is not None else ():
+                dropped = int((~mask[max(0, end - mean_blocks) : end]).sum())
+                if dropped:
+                    mean_logit = query[rows].to(dtype) @ key_means[head // group, end - 1].to(dtype) * scale
+                    logits.append(mean_logit[:, None] + math.log(dropped * block_size))
+                    columns.append(value_means[head // group, end - 1].to(dtype)[None])
             if sinks is not None:
                 logits.append(sinks[head].to(dtype).expand(len(logits[0]), 1))
                 columns.append(value.new_zeros(1, value.shape[-1]))
@@ -335,12 +346,12 @@ def attend_blocks(
     scale: float,
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
-    correction: bool = False,
+    mean_blocks: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Exact attention over an index of the whole call -> [B, Hq, Sq, D] in ``dtype``; rows of padding are zeros."""
     geometry, kept = index.geometry, index.to_mask()
-    options = {"sliding_window": sliding_window, "sinks": sinks, "correction": correction, "dtype": dtype}
+    options = {"sliding_window": sliding_window, "sinks": sinks, "mean_blocks": mean_blocks, "dtype": dtype}
     output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=dtype, device=query.device)
     for row, span in enumerate(geometry.row_spans()):
         if span.query_end <= span.query_begin:

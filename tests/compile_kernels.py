@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, longest, pool, shares, tuning
+from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, longest, means, pool, shares, tuning
 from hf_flashprefill.backends.triton.pool import TILE
 
 HEADS, KEY_HEADS, TOKENS, BLOCK = 8, 2, 512, 128
@@ -61,13 +61,13 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     terms = {"attend": (), "attend window sinks": ("WINDOW", "SINKS"), "attend means": ("MEANS",)}
     for name, given in terms.items():
         flags = {f"HAS_{term}": term in given for term in ("WINDOW", "SINKS", "MEANS")}
-        means = (key, key, counts) if "MEANS" in given else (None, None, None)
+        of_means = (key, key, scores) if "MEANS" in given else (None, None, None)
         yield (
             name,
             attend._attend_kernel.warmup(
                 query, key, key, *(described or (None, None)), query, None, number, counts,
-                scores if "SINKS" in given else None, *means, 0.1, *lengths, 4, 4, 300, 4, 4, *strides, *key.stride()[:3],
-                *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+                scores if "SINKS" in given else None, *of_means, 0.1, *lengths, 4, 4, 300, 4, 4, 128, *strides,
+                *key.stride()[:3], *key.stride()[:3], *strides, **shape, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
                 HAS_DESCRIPTORS=described is not None, **flags, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
                 enable_fp_fusion=True,
                 grid=(1,),
@@ -117,6 +117,19 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             ),
         )  # fmt: skip
 
+    yield (
+        "run_means",
+        means._run_means_kernel.warmup(
+            key, key, key, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4, grid=(1,),
+        ),
+    )  # fmt: skip
+    yield (
+        "weigh_means",
+        means._weigh_means_kernel.warmup(
+            number, counts, scores, 4, 128, 4, LOG2_BLOCK=7, WIDTH=means.WIDTH, num_warps=1, grid=(1,)
+        ),
+    )
+
     # As vLLM's cache has them: the keys of a token and head before its values.
     pages = torch.zeros(4, 16, KEY_HEADS, 2 * head_dim, dtype=dtype).split(head_dim, -1)
     yield (
@@ -130,13 +143,13 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     if capability == 90:
         tiles = tuning.hopper_tiles(head_dim)
         descriptors = [attend_hopper._descriptor(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
-        for name, means in (("attend_hopper", [None, None]), ("attend_hopper means", descriptors[1:])):
+        for name, of_means in (("attend_hopper", [None, None]), ("attend_hopper means", descriptors[1:])):
             yield (
                 name,
                 attend_hopper._attend_hopper_kernel.warmup(
-                    *descriptors, *means, query, None, number, counts, counts, 0.1, *lengths, 4, 4, 4, 2, 4,
+                    *descriptors, *of_means, query, None, number, counts, scores, 0.1, *lengths, 4, 4, 4, 128, 2, 4,
                     HEADS, *strides, GROUP=group, STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages,
-                    DIRECT_STORE=tiles.direct_store, HAS_RANGES=False, HAS_MEANS=means[0] is not None, num_warps=4,
+                    DIRECT_STORE=tiles.direct_store, HAS_RANGES=False, HAS_MEANS=of_means[0] is not None, num_warps=4,
                     enable_fp_fusion=True, grid=(1,),
                 ),
             )  # fmt: skip

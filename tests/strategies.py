@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from hf_flashprefill import FlashPrefillConfig
-from hf_flashprefill.config import BLOCK_SIZES, POOL_SIZES, QUERY_STRIDES, SELECTORS, SORTING_SELECTORS
+from hf_flashprefill.config import BLOCK_SIZES, MEAN_BLOCKS, POOL_SIZES, QUERY_STRIDES, SELECTORS, SORTING_SELECTORS
 
 # Those that have a threshold, from which a disagreement's distance can be told.
 THRESHOLDS = [selector for selector in SELECTORS if selector not in SORTING_SELECTORS]
@@ -133,6 +133,7 @@ rules = st.fixed_dictionaries(
         "window_blocks": st.integers(1, 3),
         "dense_tail_blocks": st.integers(0, 2),
         "correction": st.booleans(),
+        "mean_blocks": st.sampled_from(MEAN_BLOCKS),
     }
 ).map(lambda rule: tuple(rule.items()))
 

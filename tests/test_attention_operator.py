@@ -82,26 +82,29 @@ def test_sinks_take_part_without_a_value(backend, window, case, device):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("case", UGLY_CASES[7:], ids=str)
-def test_means_of_dropped_blocks_take_part(backend, case, device):
+@pytest.mark.parametrize("mean_blocks", [1, 4])
+def test_means_of_dropped_blocks_take_part(backend, case, mean_blocks, device):
     query, key, value, ranges = case.tensors(device)
     dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
-    config = FlashPrefillConfig(alpha=0.6, block_size=64, correction=True, backend=backend, **dropping)
+    config = FlashPrefillConfig(alpha=0.6, block_size=64, correction=True, mean_blocks=mean_blocks, backend=backend, **dropping)
     placing = {"query_offset": case.query_offset, "valid_ranges": ranges}
     sinks = torch.linspace(-3, 6, case.heads, device=device)
     output, index = flash_prefill_attention(query, key, value, config=config, sinks=sinks, return_index=True, **placing)
     scale = case.head_dim**-0.5
     options = {"scale": scale, "sinks": sinks, "dtype": torch.float64}
-    expected = reference.attend_blocks(query, key, value, index, correction=True, **options)
+    expected = reference.attend_blocks(query, key, value, index, mean_blocks=mean_blocks, **options)
     assert_same_output(output, expected.float())
     if index.density() < 1:
         assert not torch.allclose(output.double(), reference.attend_blocks(query, key, value, index, **options))
 
 
-def test_the_mean_of_equal_keys_is_as_good_as_the_keys():
-    """What the correction adds is exact where a dropped block's keys are all alike, whatever their values."""
+@pytest.mark.parametrize(("mean_blocks", "alike"), [(1, 64), (2, 512), (8, 512)])
+def test_the_mean_of_equal_keys_is_as_good_as_the_keys(mean_blocks, alike):
+    """What the correction adds is exact where the keys of a dropped run of blocks are all alike, whatever their values."""
     query, key, value, _ = Case(1, 2, 1, 512, 512, 64).tensors(torch.device("cpu"))
-    key = key[:, :, ::64].repeat_interleave(64, 2)
-    config = FlashPrefillConfig(alpha=1, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, correction=True)
+    key = key[:, :, ::alike].repeat_interleave(alike, 2)
+    dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+    config = FlashPrefillConfig(alpha=1, block_size=64, correction=True, mean_blocks=mean_blocks, **dropping)
     output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
     assert index.density() < 0.5
     assert_same_output(output, exact_dense(query, key, value, 0, None, 64**-0.5).float())
@@ -120,7 +123,7 @@ def test_half_precision_errs_no_more_than_eager(backend, correction, device):
     query, key, value, _ = case.tensors(device)
     config = FlashPrefillConfig(alpha=0.5, block_size=64, dense_tail_blocks=0, correction=correction, backend=backend)
     output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
-    options = {"scale": case.head_dim**-0.5, "correction": correction}
+    options = {"scale": case.head_dim**-0.5, "mean_blocks": config.mean_blocks if correction else None}
     exact = reference.attend_blocks(query, key, value, index, dtype=torch.float64, **options)
     eager = reference.attend_blocks(query, key, value, index, dtype=case.dtype, **options)
     assert_no_worse_than_eager(output, eager, exact)

@@ -51,12 +51,12 @@ def test_further_terms_err_no_more_than_eager(shape, terms, dtype):
     case = Case(**{**vars(shape), "dtype": dtype})
     query, key, value, ranges = case.tensors(torch.device("cuda"))
     dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
-    config = FlashPrefillConfig(alpha=0.5, correction=terms == "means", backend="triton", **dropping)
+    config = FlashPrefillConfig(alpha=0.5, correction=terms == "means", mean_blocks=2, backend="triton", **dropping)
     asked = {"sliding_window": 200} if terms == "window" else {}
     asked |= {"sinks": torch.linspace(-3, 6, case.heads, device="cuda")} if terms == "sinks" else {}
     placing = {"query_offset": case.query_offset, "valid_ranges": ranges}
     output, index = flash_prefill_attention(query, key, value, config=config, return_index=True, **placing, **asked)
-    options = {"scale": case.head_dim**-0.5, "correction": config.correction, **asked}
+    options = {"scale": case.head_dim**-0.5, "mean_blocks": config.mean_blocks if config.correction else None, **asked}
     exact = reference.attend_blocks(query, key, value, index, dtype=torch.float64, **options)
     eager = reference.attend_blocks(query, key, value, index, dtype=dtype, **options)
     if dtype == torch.float32:

@@ -91,7 +91,7 @@ def check(call: Call, backend: str, device: torch.device) -> None:
     variant, config = call.variant, call.config(backend)
     rule = selection_rule(config)
     forced = {name: rule[name] for name in ("selector", "alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")}
-    options = {"scale": scale, "dtype": torch.float64, "correction": config.correction}
+    options = {"scale": scale, "dtype": torch.float64, "mean_blocks": config.mean_blocks if config.correction else None}
     kept, exact = index.to_mask(), reference.attend_blocks(*tensors, index, **options)
     is_padding = torch.ones(call.batch, call.query_len, dtype=torch.bool)
     for row, places, positions, queries, keys, values in valid_rows(index, *tensors):

@@ -24,7 +24,7 @@ from ..config import AUTO, FlashPrefillConfig
 # More tokens than any prompt has.
 NEVER = 1 << 40
 # What a measurement leaves out, it holds for; these settings decide what the operator costs.
-RULE_FIELDS = ("selector", "pool_size", "query_stride", "block_size", "correction", "backend")
+RULE_FIELDS = ("selector", "pool_size", "query_stride", "block_size", "correction", "mean_blocks", "backend")
 
 # Tokens. One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, default settings, a GPU that waits for each launch:
 # .66 times as fast as dense attention at 8192 tokens, 1.10 times at 12288 (benchmarks/results/crossover-2026-11-25-h200.txt).

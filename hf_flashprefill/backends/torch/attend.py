@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ...block_index import BlockIndex
+from .means import dropped_tokens
 from .select import blocked_keys, blocked_queries
 
 # Gathered keys and values per SDPA call, in numbers: 16 MiB of float32. On two CPU cores (8 query heads, 2 key-value heads,
@@ -43,7 +44,7 @@ def attend_blocks(
         output: Written to.
         sliding_window: Tokens a query sees, itself counted.
         sinks: float32 [Hq], logits without a value.
-        means: Key and value means of whole blocks [B, Hkv, N, D]; each dropped block takes part through them.
+        means: Key and value means of ``run_means``; dropped blocks take part through them.
     """
     geometry, block_size = index.geometry, index.geometry.block_size
     has_columns = means is not None or sinks is not None
@@ -55,7 +56,9 @@ def attend_blocks(
     rows, positions = rows[:, :, tiles], positions[:, tiles]
     (batch, heads), key_heads = query.shape[:2], key.shape[1]
 
-    extra = _further_columns(key, index, sinks, means, scale)
+    head = torch.arange(index.counts.numel(), device=query.device) // index.query_blocks
+    key_head = head // heads * key_heads + head % heads // (heads // key_heads)
+    extra = _further_columns(key, index, key_head, sinks, means, scale)
     # One channel is enough, but torch's fused attention on GPUs takes channels in eights.
     channels = 8 if query.is_cuda else 1
     if has_columns:
@@ -72,23 +75,21 @@ def attend_blocks(
         if length == 0:
             continue
         bias = _causal_bias(length, block_size, sliding_window, query)
-        bias = F.pad(bias, (0, sum(added.shape[1] for _, _, added in extra)))
+        bias = F.pad(bias, (0, sum(added.shape[1] for *_, added in extra)))
         step = max(1, GATHERED_AT_ONCE // (length * block_size * (key.shape[-1] + value.shape[-1])))
         for part in (counts == length).nonzero().flatten().split(step):
-            head = part // index.query_blocks
-            key_head = head // heads * key_heads + head % heads // (heads // key_heads)
-            blocks = (key_head[:, None] * geometry.key_blocks + lists[part, :length]).flatten()
+            blocks = (key_head[part, None] * geometry.key_blocks + lists[part, :length]).flatten()
             keys, values = (
                 source.index_select(0, blocks).view(len(part), 1, length * block_size, -1) for source in (key_rows, value_rows)
             )
             queries = query_rows.index_select(0, part).view(len(part), 1, block_size, -1)
-            for column_keys, column_values, column_added in extra:
+            for column_keys, column_values, source, column_added in extra:
                 added = column_added[part][:, None, :, None]
                 # A weight of zero would not undo a later block's NaN.
                 is_used = added > -math.inf
-                columns = F.pad(torch.cat([column_keys[key_head].where(is_used, 0), added], 3), (0, channels - 1))
+                columns = F.pad(torch.cat([column_keys[source[part]].where(is_used, 0), added], 3), (0, channels - 1))
                 keys = torch.cat([keys, columns], 2)
-                values = torch.cat([values, F.pad(column_values[key_head].where(is_used, 0), (0, channels))], 2)
+                values = torch.cat([values, F.pad(column_values[source[part]].where(is_used, 0), (0, channels))], 2)
             attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
             result.index_copy_(0, part, attended[..., : output.shape[-1]].flatten(1))
 
@@ -120,22 +121,22 @@ def _causal_bias(length: int, block_size: int, sliding_window: int | None, query
 def _further_columns(
     key: torch.Tensor,
     index: BlockIndex,
+    key_head: torch.Tensor,
     sinks: torch.Tensor | None,
     means: tuple[torch.Tensor, torch.Tensor] | None,
     scale: float,
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Softmax columns beside the listed keys: keys and values [B * Hkv, 1, C, D], and what is added to the products of
-    queries and keys before they are scaled, [lists, C]."""
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Softmax columns beside the listed keys: keys and values [X, 1, C, D], which X each list reads, and what is added to the
+    products of queries and keys before they are scaled, [lists, C]. ``key_head`` is each list's, counted over the batch."""
     columns = []
     if means is not None:
-        # A list ends with the query block's own number, and every block before that is wholly visible.
-        own = index.visible_counts()[:, None, :, None] - 1
-        dropped = ~index.to_mask() & (torch.arange(index.geometry.key_blocks, device=key.device) < own)
-        added = torch.full(dropped.shape, math.log(index.geometry.block_size) / scale, dtype=key.dtype, device=key.device)
-        added.masked_fill_(~dropped, -math.inf)
-        columns.append((*(tensor.flatten(0, 1)[:, None] for tensor in means), added.flatten(0, 2)))
+        mean_blocks = means[0].shape[2]
+        read, tokens = dropped_tokens(index, mean_blocks)
+        added = (tokens.log() / scale).to(key.dtype)
+        source = key_head * mean_blocks + read.flatten()
+        columns.append((*(tensor.flatten(0, 2)[:, None] for tensor in means), source, added.flatten(0, 2)))
     if sinks is not None:
         nothing = key.new_zeros(key.shape[0] * key.shape[1], 1, 1, key.shape[-1])
         added = (sinks / scale).to(key.dtype)[None, :, None].expand(index.counts.shape)
-        columns.append((nothing, nothing, added.reshape(-1, 1)))
+        columns.append((nothing, nothing, key_head, added.reshape(-1, 1)))
     return columns

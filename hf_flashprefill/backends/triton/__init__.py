@@ -14,6 +14,7 @@ from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from . import attend
 from .energies import select_energies
+from .means import run_means
 from .pool import _pool_keys_kernel, pool_keys, pool_keys_and_blocks
 from .primitives import compute_capability
 from .shares import select_shares
@@ -24,7 +25,7 @@ except ImportError:
     # Gluon is experimental in Triton and may move; the portable kernel computes the same.
     attend_hopper = None
 
-__all__ = ["attend_blocks", "obstacle", "pool_keys", "pool_keys_and_blocks", "select_blocks"]
+__all__ = ["attend_blocks", "obstacle", "pool_keys", "pool_keys_and_blocks", "run_means", "select_blocks"]
 
 MAX_HEAD_DIM = 256
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .marks import mark_kept
+from .means import weigh_means
 from .primitives import compute_capability, copy_engine_takes, launch_context, row_span
 from .tuning import AttendTiles, attend_tiles
 
@@ -41,8 +41,9 @@ def _online_softmax(logits, running_max, running_sum, accumulator):
         "tiles",
         "width",
         "sliding_window",
-        "key_blocks",
-        "mark_words",
+        "mean_blocks",
+        "mean_rows",
+        "weights_width",
     ]
 )
 def _attend_kernel(
@@ -58,7 +59,7 @@ def _attend_kernel(
     sinks_ptr,
     key_means_ptr,
     value_means_ptr,
-    marks_ptr,
+    mean_weights_ptr,
     scale_log2,
     kv_len,
     query_len,
@@ -67,8 +68,9 @@ def _attend_kernel(
     tiles,
     width,
     sliding_window,
-    key_blocks,
-    mark_words,
+    mean_blocks,
+    mean_rows,
+    weights_width,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qs: tl.int64,
@@ -195,18 +197,18 @@ def _attend_kernel(
             running_max = new_max
 
         if HAS_MEANS:
-            mean_rows = (batch * (tl.num_programs(0) // GROUP) + key_head).to(tl.int64) * key_blocks
-            for first_block in range(0, own, BLOCK_N):
-                blocks = first_block + columns
-                is_mean = blocks < own
-                words = tl.load(marks_ptr + list_row * mark_words + blocks // 32, mask=is_mean, other=-1)
-                is_dropped = (words >> blocks % 32 & 1) == 0
-                mean_tile = (mean_rows + blocks)[:, None] * HEAD_DIM + channels[None, :]
+            runs = tl.cdiv(own, mean_blocks)
+            read = (batch * (tl.num_programs(0) // GROUP) + key_head) * mean_blocks + (own + mean_blocks - 1) % mean_blocks
+            for first_run in range(0, runs, BLOCK_N):
+                run = first_run + columns
+                is_mean = run < runs
+                log2_tokens = tl.load(mean_weights_ptr + list_row * weights_width + run)
+                mean_tile = (read.to(tl.int64) * mean_rows + run)[:, None] * HEAD_DIM + channels[None, :]
                 is_value = is_mean[:, None] & in_head[None, :]
                 keys = tl.load(key_means_ptr + mean_tile, mask=is_value, other=0.0)
-                # A mean stands for BLOCK keys.
-                logits = tl.dot(queries, keys.T, input_precision="ieee") * scale_log2 + tl.log2(BLOCK * 1.0)
-                logits = tl.where(is_dropped[None, :], logits, float("-inf"))
+                logits = tl.dot(queries, keys.T, input_precision="ieee") * scale_log2 + log2_tokens[None, :]
+                # NaN, of keys that are not finite, must not come back from a mean that stands for nothing.
+                logits = tl.where(log2_tokens[None, :] >= 0, logits, float("-inf"))
                 weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
                 values = tl.load(value_means_ptr + mean_tile, mask=is_value, other=0.0)
                 accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
@@ -249,7 +251,7 @@ def attend_blocks(
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 
     ``sliding_window`` (tokens) wants the lists of ``BlockIndex.of_window``; ``sinks`` are float32 [Hq]; ``means``, of keys
-    and of values, come from ``pool_keys`` with whole blocks.
+    and of values, come from ``run_means``.
     """
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     geometry = index.geometry
@@ -257,7 +259,8 @@ def attend_blocks(
     block_d = triton.next_power_of_2(head_dim)
     tiles = attend_tiles(compute_capability(query), block_d, query.dtype, geometry.block_size)
     described = _descriptors(key, value, block_d, tiles)
-    marks = None if means is None else mark_kept(index)
+    mean_blocks, mean_rows = (1, 0) if means is None else means[0].shape[2:4]
+    mean_weights = None if means is None else weigh_means(index, mean_blocks)
     with launch_context(query):
         _attend_kernel[heads, index.query_blocks * (geometry.block_size // tiles.block_m), batch](
             query,
@@ -270,7 +273,7 @@ def attend_blocks(
             index.counts,
             sinks,
             *(means or (None, None)),
-            marks,
+            mean_weights,
             scale * math.log2(math.e),
             geometry.kv_len,
             query_len,
@@ -279,8 +282,9 @@ def attend_blocks(
             index.query_blocks,
             index.indices.shape[-1],
             sliding_window or 0,
-            geometry.key_blocks,
-            0 if marks is None else marks.shape[-1],
+            mean_blocks,
+            mean_rows,
+            0 if mean_weights is None else mean_weights.shape[-1],
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .marks import mark_kept
+from .means import weigh_means
 from .primitives import copy_engine_takes, launch_context, multiprocessors
 from .tuning import heads_per_program, hopper_tiles
 
@@ -54,13 +54,10 @@ def _row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: gl
 
 
 @gluon.jit
-def _softmax_step(logits, running_max, running_sum, scale_log2, LOG2_KEYS: gl.constexpr):
-    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by.
-
-    Each logit stands for 2**LOG2_KEYS keys.
-    """
-    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2 + LOG2_KEYS)
-    weights = gl.exp2(logits * scale_log2 - (new_max - LOG2_KEYS)[:, None])
+def _softmax_step(logits, running_max, running_sum, scale_log2):
+    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by."""
+    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
+    weights = gl.exp2(logits * scale_log2 - new_max[:, None])
     rescale = gl.exp2(running_max - new_max)
     return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
 
@@ -88,24 +85,6 @@ def _causal(logits, own_row, first_key, layout: gl.constexpr):
     row = own_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
     column = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
     return gl.where(row[:, None] >= column[None, :], logits, float("-inf"))
-
-
-@gluon.jit
-def _load_marks(marks_ptr, BLOCKS: gl.constexpr, layout: gl.constexpr):
-    """The word of each of BLOCKS blocks; the pointer's first bit is the first block's."""
-    block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, layout))
-    # A word for 32 blocks: one load serves all of a thread's columns in it.
-    word = gl.load(marks_ptr)
-    for i in gl.static_range(1, BLOCKS // 32):
-        word = gl.where(block < 32 * i, word, gl.load(marks_ptr + i))
-    return word
-
-
-@gluon.jit
-def _of_dropped(logits, word, layout: gl.constexpr):
-    """Logits of block means without those of marked blocks; ``word`` is of ``_load_marks``."""
-    block = gl.arange(0, logits.shape[1], layout=gl.SliceLayout(0, layout))
-    return gl.where(((word >> (block % 32)) & 1 == 0)[None, :], logits, float("-inf"))
 
 
 @gluon.jit
@@ -146,15 +125,15 @@ def _step(
     limit,
     unused_from,
     scale_log2,
-    marks_ptr,
+    mean_weights_ptr,
     KIND: gl.constexpr,
     HAS_UNUSED: gl.constexpr,
 ):
     """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
-    ``limit``-th, sees that many and one more. "listed": seen by all. "means": those of the blocks from ``first`` on that are
-    not marked.
+    ``limit``-th, sees that many and one more. "listed": seen by all. "means": means from the ``first``
+    on, with the weights of ``weigh_means``.
     """
     _, _, key_full, key_empty, _, value_empty = barriers
     STAGES: gl.constexpr = buffers[1].shape[0]
@@ -166,15 +145,19 @@ def _step(
     )
     if KIND == "means":
         # Between the products and the wait for them, which hides the load's.
-        word = _load_marks(marks_ptr + first // 32, zeros.shape[1], logits_layout)
+        mean = first + gl.arange(0, zeros.shape[1], layout=gl.SliceLayout(0, logits_layout))
+        log2_tokens = gl.load(mean_weights_ptr + mean)
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     if KIND == "own":
         logits = _causal(logits, limit, first, logits_layout)
     if KIND == "means":
-        logits = _of_dropped(logits, word, logits_layout)
-    LOG2_KEYS: gl.constexpr = 7 if KIND == "means" else 0
-    next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2, LOG2_KEYS)
+        # NaN, of what lies behind the last mean, must not come back from a weight of nothing.
+        is_used = (log2_tokens >= 0)[None, :]
+        logits = gl.where(is_used, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
+        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, 1.0)
+    else:
+        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2)
     next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
     # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
     mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
@@ -205,10 +188,10 @@ def _compute(
     """
     query_tiles, key_tiles, _ = buffers
     query_full, query_empty, key_full, key_empty, _, value_empty = barriers
-    output_ptr, counts_ptr, _, marks_ptr = pointers
+    output_ptr, counts_ptr, _, mean_weights_ptr = pointers
     stride_h, stride_s = strides
     first_row, own, query_begin, query_end, key_end = place
-    head_count, list_stride, _, mean_steps, marks_stride = work
+    head_count, list_stride, _, mean_steps, last_means, weights_stride, _, _ = work
     STAGES: gl.constexpr = key_tiles.shape[0]
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
@@ -238,7 +221,7 @@ def _compute(
         logits = warpgroup_mma_wait(0, deps=[logits])
         mbarrier.arrive(key_empty.index(0), count=1)
         logits = _causal(logits, own_row, 0, logits_layout)
-        weights, running_max, running_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2, 0)
+        weights, running_max, running_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), weights_layout)
         result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
 
@@ -246,29 +229,29 @@ def _compute(
         for turn in range(head_count):
             listed_steps = gl.load(counts_ptr + turn * list_stride) * PARTS
             steps = listed_steps + mean_steps
-            marks = marks_ptr
+            mean_weights = mean_weights_ptr
             buffer = turn % QUERY_STAGES * 2 + warpgroup
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
             # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
             for step in range(1, PARTS):
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, marks, "own", HAS_RANGES,
+                    step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, mean_weights, "own", HAS_RANGES,
                 )  # fmt: skip
             for step in range(PARTS, listed_steps):
                 unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    0, 0, unused_from, scale_log2, marks, "listed", HAS_RANGES,
+                    0, 0, unused_from, scale_log2, mean_weights, "listed", HAS_RANGES,
                 )  # fmt: skip
             if HAS_MEANS:
-                marks += turn * marks_stride
+                mean_weights += turn * weights_stride
                 for step in range(listed_steps, steps):
                     unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
                     weights, result, running_max, running_sum = _step(
                         query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                        step + 1 == steps, (step - listed_steps) * STEP, 0, unused_from, scale_log2, marks, "means",
-                        HAS_RANGES,
+                        step + 1 == steps, (step - listed_steps) * STEP, 0, unused_from, scale_log2, mean_weights,
+                        "means", HAS_RANGES,
                     )  # fmt: skip
             mbarrier.arrive(query_empty.index(buffer), count=1)
             done += steps
@@ -281,15 +264,15 @@ def _compute(
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
             unused_from = gl.where(steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
             if HAS_MEANS:
-                # The own block's mean and later ones are not even multiplied with weights of zero.
-                unused_from = gl.where(mean_steps > 0, own - (mean_steps - 1) * STEP, unused_from)
+                # What lies behind the last mean, NaN or not, is not even multiplied with weights of zero.
+                unused_from = gl.where(mean_steps > 0, last_means, unused_from)
             logits_in_work, result_in_work = _issue_products(
                 query, weights, result, zeros, buffers, barriers, done, unused_from, HAS_RANGES or HAS_MEANS, is_more
             )
             logits = warpgroup_mma_wait(1, deps=[logits_in_work])
             mbarrier.arrive(key_empty.index(done % STAGES), count=1, pred=is_more)
             logits = _causal(logits, own_row, 0, logits_layout)
-            next_weights, next_max, next_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2, 0)
+            next_weights, next_max, next_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
             next_weights = gl.convert_layout(next_weights.to(dtype), weights_layout)
             mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
             result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
@@ -358,7 +341,7 @@ def _load(
     query_desc, key_desc, value_desc, key_means_desc, value_means_desc = descriptors
     _, counts_ptr, indices_ptr, _ = pointers
     first_row, own, _, _, _ = place
-    head_count, list_stride, width, mean_steps, _ = work
+    head_count, list_stride, width, mean_steps, _, _, mean_set, mean_blocks = work
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
     PARTS: gl.constexpr = BLOCK // STEP
@@ -381,7 +364,7 @@ def _load(
         done += steps
         if HAS_MEANS:
             for step in range(mean_steps):
-                coordinates = [batch, head // GROUP, step * STEP, 0]
+                coordinates = [batch, mean_set + head // GROUP * mean_blocks, step * STEP, 0]
                 _load_step(key_means_desc, value_means_desc, coordinates, buffers, barriers, done + step)
             done += mean_steps
 
@@ -402,7 +385,8 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
         "first_query_block",
         "tiles",
         "width",
-        "mark_words",
+        "mean_blocks",
+        "weights_width",
         "head_count",
         "long_tiles",
     ]
@@ -417,7 +401,7 @@ def _attend_hopper_kernel(
     ranges_ptr,
     indices_ptr,
     counts_ptr,
-    marks_ptr,
+    mean_weights_ptr,
     scale_log2,
     kv_len,
     query_len,
@@ -425,7 +409,8 @@ def _attend_hopper_kernel(
     first_query_block,
     tiles,
     width,
-    mark_words,
+    mean_blocks,
+    weights_width,
     head_count,
     long_tiles,
     heads,
@@ -477,15 +462,29 @@ def _attend_hopper_kernel(
 
     output_ptr += batch * stride_ob + first_head * stride_oh
     mean_steps = own * 0
-    marks_stride = list_row * 0
+    last_means = own * 0
+    mean_set = own * 0
+    weights_stride = own * 0
     if HAS_MEANS:
-        mean_steps = gl.cdiv(own, STEP)
-        marks_stride = tiles * mark_words.to(gl.int64)
-        marks_ptr += list_row * mark_words
-    pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width, marks_ptr)
+        means = gl.cdiv(own, mean_blocks)
+        mean_steps = gl.cdiv(means, STEP)
+        last_means = means - (mean_steps - 1) * STEP
+        mean_set = (own + mean_blocks - 1) % mean_blocks
+        weights_stride = tiles * weights_width
+        mean_weights_ptr += list_row * weights_width
+    pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width, mean_weights_ptr)
     strides = (stride_oh, stride_os)
     place = (first_row, own, query_begin, query_end, key_end)
-    work = (gl.where(is_empty, 0, head_count), tiles.to(gl.int64), width.to(gl.int64), mean_steps, marks_stride)
+    work = (
+        gl.where(is_empty, 0, head_count),
+        tiles,
+        width.to(gl.int64),
+        mean_steps,
+        last_means,
+        weights_stride,
+        mean_set,
+        mean_blocks,
+    )
     descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc)
     gl.warp_specialize(
         [
@@ -531,24 +530,25 @@ def attend_blocks(
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 
-    ``means``, of keys and of values, come from ``pool_keys`` with whole blocks; dropped blocks take part through them.
+    ``means``, of keys and of values, come from ``run_means``; dropped blocks take part through them.
     """
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
     head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query))
-    marks = None if means is None else mark_kept(index)
+    mean_blocks = 1 if means is None else means[0].shape[2]
+    mean_weights = None if means is None else weigh_means(index, mean_blocks)
     with launch_context(query):
         _attend_hopper_kernel[index.query_blocks * heads // head_count * batch,](
             _descriptor(query, ROWS.value),
             _descriptor(key, tiles.step),
             _descriptor(value, tiles.step),
-            *([None] * 2 if means is None else [_descriptor(tensor, tiles.step) for tensor in means]),
+            *([None] * 2 if means is None else [_descriptor(tensor.flatten(1, 2), tiles.step) for tensor in means]),
             output,
             geometry.valid_ranges,
             index.indices,
             index.counts,
-            marks,
+            mean_weights,
             scale * math.log2(math.e),
             geometry.kv_len,
             query_len,
@@ -556,7 +556,8 @@ def attend_blocks(
             index.first_query_block,
             index.query_blocks,
             index.indices.shape[-1],
-            0 if marks is None else marks.shape[-1],
+            mean_blocks,
+            0 if mean_weights is None else mean_weights.shape[-1],
             head_count,
             min(LONG_TILES, index.query_blocks),
             heads,

@@ -1,0 +1,135 @@
+"""What stands for dropped blocks: means of runs of blocks, and how many dropped tokens each of them stands for.
+
+Runs are counted back from each query block's own, so that no mean holds a later token. A query block then reads one of
+``mean_blocks`` sets of means, of which for runs of four the first holds blocks 0, 1 to 4, 5 to 8 and so on, the second 0 and 1,
+2 to 5: together as many rows as there are blocks, and each set is a matrix that the attend kernels load like keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...block_index import BlockIndex
+from .primitives import launch_context
+
+# Means whose weights one program finds at once. The width of a list's weights is a multiple of it, so that whatever looks up
+# as many stays within them.
+WIDTH = 128
+# Numbers of means per program.
+TILE = 4096
+
+
+@triton.jit(do_not_specialize=["blocks", "rows", "mean_blocks"])
+def _run_means_kernel(
+    keys_ptr,
+    values_ptr,
+    output_ptr,
+    blocks,
+    rows,
+    mean_blocks,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """One program: the means of the runs that end with RUNS neighbouring blocks, for one head of keys or of values."""
+    head, is_value = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    last = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    channels = tl.arange(0, BLOCK_D)
+    in_head = channels[None, :] < HEAD_DIM
+    source_ptr = keys_ptr
+    if is_value:
+        source_ptr = values_ptr
+    total = tl.zeros((RUNS, BLOCK_D), tl.float32)
+    for back in range(mean_blocks - 1, -1, -1):
+        block = last - back
+        is_block = (block >= 0) & (block < blocks)
+        source = (head * blocks + block)[:, None] * HEAD_DIM + channels[None, :]
+        total += tl.load(source_ptr + source, mask=is_block[:, None] & in_head, other=0.0).to(tl.float32)
+    mean = total / tl.minimum(last + 1, mean_blocks)[:, None]
+    row = (tl.num_programs(1) * is_value + head) * mean_blocks + last % mean_blocks
+    target = output_ptr + (row * rows + last // mean_blocks)[:, None] * HEAD_DIM + channels[None, :]
+    tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < blocks)[:, None] & in_head)
+
+
+def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of runs of blocks [B, Hkv, n, ceil(N / n), D]; arguments and rows are those of backends/torch/means.py."""
+    batch, heads, blocks, head_dim = key_means.shape
+    rows = triton.cdiv(blocks, mean_blocks)
+    output = key_means.new_empty(2, batch, heads, mean_blocks, rows, head_dim)
+    block_d = triton.next_power_of_2(head_dim)
+    runs = TILE // block_d
+    with launch_context(key_means):
+        _run_means_kernel[triton.cdiv(blocks, runs), batch * heads, 2](
+            key_means,
+            value_means,
+            output,
+            blocks,
+            rows,
+            mean_blocks,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            RUNS=runs,
+            num_warps=4,
+        )
+    return output[0], output[1]
+
+
+@triton.jit
+def _listed_before(list_ptr, count, steps, block):
+    """How many of a rising list's ``count`` < 2**steps entries are smaller than ``block``, by bisection."""
+    found = block * 0
+    for step in range(steps):
+        half = 1 << (steps - 1 - step)
+        place = found + half - 1
+        entry = tl.load(list_ptr + place, mask=place < count, other=1 << 30)
+        found = tl.where(entry < block, found + half, found)
+    return found
+
+
+@triton.jit(do_not_specialize=["list_width", "width", "mean_blocks"])
+def _weigh_means_kernel(
+    indices_ptr, counts_ptr, weights_ptr, list_width, width, mean_blocks, LOG2_BLOCK: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One program: the weights of one list. An empty list's are not written, nor those from the last tile in use on."""
+    list_row = tl.program_id(0).to(tl.int64)
+    indices_ptr += list_row * list_width
+    count = tl.load(counts_ptr + list_row)
+    if count > 0:
+        own = tl.load(indices_ptr + count - 1)
+        steps = 0
+        while (1 << steps) <= count:
+            steps += 1
+        read = (own + mean_blocks - 1) % mean_blocks
+        for first in range(0, tl.cdiv(own, mean_blocks), WIDTH):
+            run = first + tl.arange(0, WIDTH)
+            # Blocks ``begin`` to ``end`` - 1, as far as there are any before the query block's own.
+            end = run * mean_blocks + read + 1
+            begin = tl.maximum(end - mean_blocks, 0)
+            kept = _listed_before(indices_ptr, count, steps, end) - _listed_before(indices_ptr, count, steps, begin)
+            dropped = tl.where(end <= own, end - begin - kept, 0)
+            log2_tokens = tl.log2(tl.maximum(dropped, 1).to(tl.float32)) + LOG2_BLOCK
+            tl.store(weights_ptr + list_row * width + run, tl.where(dropped > 0, log2_tokens, float("-inf")))
+
+
+def weigh_means(index: BlockIndex, mean_blocks: int) -> torch.Tensor:
+    """log2 of how many dropped tokens each mean that a query block reads stands for, float32 [B, Hq, T, W]; -inf for none.
+
+    Means after those that the query block reads have -inf up to a multiple of WIDTH, then nothing that means anything.
+    """
+    width = triton.cdiv(triton.cdiv(index.geometry.key_blocks, mean_blocks), WIDTH) * WIDTH
+    weights = torch.empty(*index.counts.shape, width, dtype=torch.float32, device=index.counts.device)
+    with launch_context(weights):
+        _weigh_means_kernel[(index.counts.numel(),)](
+            index.indices,
+            index.counts,
+            weights,
+            index.indices.shape[-1],
+            width,
+            mean_blocks,
+            LOG2_BLOCK=index.geometry.block_size.bit_length() - 1,
+            WIDTH=WIDTH,
+            num_warps=1,
+        )
+    return weights
