@@ -26,7 +26,7 @@ MEAN_WEIGHT = 16.0
 
 # What None stands for in these fields. The published method keeps 256 tokens of sinks and 512 of window and has no correction
 # (arXiv 2603.06199, Table 9). The finer probes find by themselves what matters there; at 32K tokens the correction lowered the
-# rise of a trained model's perplexity from .65 % to none (benchmarks/results/selection-2026-11-25-h200-32k).
+# rise of a trained model's perplexity from .65 % to none (benchmarks/results/selection-2026-11-26-h200-32k).
 OF_PUBLISHED_RULE = {"sink_blocks": 2, "window_blocks": 4, "correction": False}
 OF_FINER_PROBES = {"sink_blocks": 1, "window_blocks": 2, "correction": True}
 
@@ -63,7 +63,7 @@ class FlashPrefillConfig:
         correction: Whether each dropped block takes part in the softmax through a mean key and a mean value, weighted by its
             tokens. None: True, and False for ``"flashprefill"``, whose first version has no correction.
         mean_blocks: Blocks averaged into one such mean, 1, 2, 4, 8 or 16, counted back from the query block. 1 is the
-            correction of FlashPrefill V2; the more, the fewer means there are to attend.
+            correction of FlashPrefill V2; 8 leaves an eighth of the means to attend and answers as well (docs/results.md).
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0; or ``"auto"``: from where sparse
             prefill was faster when ``warmup`` measured it on this machine, else 12288 tokens on Hopper GPUs, 8192 on CPUs and
             16384 on other GPUs and for small layers. On one H200 the operator was 0.66 times as fast as torch's dense

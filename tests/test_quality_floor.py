@@ -94,4 +94,4 @@ def test_the_correction_hurts_no_head_of_any_layer(recall_model):
         corrected, uncorrected = ((output - exact).square().sum((0, 2, 3)) for output in outputs)
         assert (uncorrected > 0).all(), "nothing was dropped"
         assert (corrected <= 1.02 * uncorrected).all()
-        assert corrected.sum() < 0.9 * uncorrected.sum()
+        assert corrected.sum() < 0.95 * uncorrected.sum()

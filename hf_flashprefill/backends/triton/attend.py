@@ -199,18 +199,20 @@ def _attend_kernel(
         if HAS_MEANS:
             runs = tl.cdiv(own, mean_blocks)
             read = (batch * (tl.num_programs(0) // GROUP) + key_head) * mean_blocks + (own + mean_blocks - 1) % mean_blocks
-            for first_run in range(0, runs, BLOCK_N):
+            first_mean = read.to(tl.int64) * mean_rows * HEAD_DIM
+            # A pipeline of its own would spill on compute capability 8.0, and there are few steps to fill it.
+            for first_run in tl.range(0, runs, BLOCK_N, num_stages=1):
                 run = first_run + columns
                 is_mean = run < runs
-                log2_tokens = tl.load(mean_weights_ptr + list_row * weights_width + run)
-                mean_tile = (read.to(tl.int64) * mean_rows + run)[:, None] * HEAD_DIM + channels[None, :]
+                mean_tile = run[:, None] * HEAD_DIM + channels[None, :]
                 is_value = is_mean[:, None] & in_head[None, :]
-                keys = tl.load(key_means_ptr + mean_tile, mask=is_value, other=0.0)
-                logits = tl.dot(queries, keys.T, input_precision="ieee") * scale_log2 + log2_tokens[None, :]
+                keys = tl.load(key_means_ptr + first_mean + mean_tile, mask=is_value, other=0.0)
+                logits = tl.dot(queries, keys.T, input_precision="ieee")
+                log2_tokens = tl.load(mean_weights_ptr + list_row * weights_width + run)
                 # NaN, of keys that are not finite, must not come back from a mean that stands for nothing.
-                logits = tl.where(log2_tokens[None, :] >= 0, logits, float("-inf"))
+                logits = tl.where(log2_tokens[None, :] >= 0, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
                 weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
-                values = tl.load(value_means_ptr + mean_tile, mask=is_value, other=0.0)
+                values = tl.load(value_means_ptr + first_mean + mean_tile, mask=is_value, other=0.0)
                 accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
 
         if HAS_SINKS:
