@@ -211,7 +211,7 @@ def test_no_prompt_compiles_what_warmup_has_not():
     for row in found:
         assert row["missed"] == [], row
         # Three kernels, and the Hopper one for 16-bit tensors of its head dims, each with padding and without; for the
-        # correction the means of blocks of values, with padding and without, those of runs of blocks, and their weights; for the
-        # finer probe the longest queries, with padding and without.
+        # correction the means of blocks of values, with padding and without, those of runs of blocks, and their weights; for
+        # the finer probe the longest queries, with padding and without.
         expected = (8 if row["head_dim"] == 128 else 6) + (0 if row["selector"] == "flashprefill" else 6)
         assert row["warmed"] == row["met"] == expected, row
