@@ -281,17 +281,8 @@ def model_record(name: str, model: PreTrainedModel) -> ModelRecord:
 
 def recorded_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a result records as arguments: not those that its other parts hold, nor where files are."""
-    of_config = {
-        "alpha",
-        "selector",
-        "min_seq_len",
-        "config",
-        "config_defaults",
-        "set",
-        "pool_size",
-        "correction",
-        "mean_blocks",
-    }
+    of_config = {"alpha", "selector", "min_seq_len", "config", "config_defaults", "set"}
+    of_config |= {"pool_size", "correction", "mean_blocks"}
     left_out = {"output", "peer", "device", "dtype", "model", "shape", "backend"} | of_config
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
 

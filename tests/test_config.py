@@ -75,6 +75,8 @@ def test_bad_json_files_are_named(content, message, tmp_path):
         ("dense_tail_blocks", -2, ValueError),
         ("dense_tail_blocks", None, TypeError),
         ("correction", 1, TypeError),
+        ("mean_blocks", 3, ValueError),
+        ("mean_blocks", None, ValueError),
         ("min_seq_len", 1.5, TypeError),
         ("min_seq_len", True, TypeError),
         ("min_seq_len", None, TypeError),

@@ -126,14 +126,15 @@ def _further_columns(
     means: tuple[torch.Tensor, torch.Tensor] | None,
     scale: float,
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Softmax columns beside the listed keys: keys and values [X, 1, C, D], which X each list reads, and what is added to the
-    products of queries and keys before they are scaled, [lists, C]. ``key_head`` is each list's, counted over the batch."""
+    """Softmax columns beside the listed keys: sets of keys and values [sets, 1, C, D], the set that each list reads [lists],
+    and what is added to the products of queries and keys before they are scaled [lists, C]. ``key_head`` [lists] counts over
+    the batch."""
     columns = []
     if means is not None:
         mean_blocks = means[0].shape[2]
-        read, tokens = dropped_tokens(index, mean_blocks)
+        mean_set, tokens = dropped_tokens(index, mean_blocks)
         added = (tokens.log() / scale).to(key.dtype)
-        source = key_head * mean_blocks + read.flatten()
+        source = key_head * mean_blocks + mean_set.flatten()
         columns.append((*(tensor.flatten(0, 2)[:, None] for tensor in means), source, added.flatten(0, 2)))
     if sinks is not None:
         nothing = key.new_zeros(key.shape[0] * key.shape[1], 1, 1, key.shape[-1])

@@ -34,15 +34,15 @@ def _run_means(means: torch.Tensor, mean_blocks: int) -> torch.Tensor:
 
 
 def dropped_tokens(index: BlockIndex, mean_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which r of ``run_means`` each list reads, int64 [B, Hq, T], and how many dropped tokens each mean stands for there,
+    """Which set r of ``run_means`` each list reads, int64 [B, Hq, T], and how many dropped tokens each mean stands for there,
     int64 [B, Hq, T, ceil(N / n)]."""
     mask, geometry = index.to_mask(), index.geometry
     own = (index.visible_counts()[:, None] - 1).expand(index.counts.shape)
-    read = (own - 1) % mean_blocks
+    mean_set = (own - 1) % mean_blocks
     block = torch.arange(geometry.key_blocks, device=mask.device)
     columns = -(-geometry.key_blocks // mean_blocks)
     # A list ends with the query block's own number, and every block before that is wholly visible.
     dropped = ~mask & (block < own[..., None])
-    column = ((block + mean_blocks - 1 - read[..., None]) // mean_blocks).clamp(max=columns - 1)
+    column = ((block + mean_blocks - 1 - mean_set[..., None]) // mean_blocks).clamp(max=columns - 1)
     blocks = torch.zeros(*mask.shape[:3], columns, dtype=torch.int64, device=mask.device)
-    return read, blocks.scatter_add_(-1, column, dropped.long()) * geometry.block_size
+    return mean_set, blocks.scatter_add_(-1, column, dropped.long()) * geometry.block_size
