@@ -120,7 +120,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "run_means",
         means._run_means_kernel.warmup(
-            key, key, key, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4, grid=(1,),
+            key, key, key, counts, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4, grid=(1,),
         ),
     )  # fmt: skip
     yield (
@@ -143,11 +143,14 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     if capability == 90:
         tiles = tuning.hopper_tiles(head_dim)
         descriptors = [attend_hopper._descriptor(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
-        for name, of_means in (("attend_hopper", [None, None]), ("attend_hopper means", descriptors[1:])):
+        of_means = attend_hopper._mean_descriptors(
+            means.RunMeans(key[:, :, None], key[:, :, None], counts), torch.zeros(1, HEADS, 4, 128)
+        )
+        for name, of_means in (("attend_hopper", [None] * 3), ("attend_hopper means", of_means)):
             yield (
                 name,
                 attend_hopper._attend_hopper_kernel.warmup(
-                    *descriptors, *of_means, query, None, number, counts, scores, 0.1, *lengths, 4, 4, 4, 128, 2, 4,
+                    *descriptors, *of_means, query, None, number, counts, counts, 0.1, *lengths, 4, 4, 4, 2, 4,
                     HEADS, *strides, GROUP=group, STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages,
                     DIRECT_STORE=tiles.direct_store, HAS_RANGES=False, HAS_MEANS=of_means[0] is not None, num_warps=4,
                     enable_fp_fusion=True, grid=(1,),

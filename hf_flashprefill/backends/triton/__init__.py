@@ -14,7 +14,7 @@ from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from . import attend
 from .energies import select_energies
-from .means import run_means
+from .means import RunMeans, run_means
 from .pool import _pool_keys_kernel, pool_keys, pool_keys_and_blocks
 from .primitives import compute_capability
 from .shares import select_shares
@@ -73,7 +73,7 @@ def attend_blocks(
     output: torch.Tensor,
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
-    means: tuple[torch.Tensor, torch.Tensor] | None = None,
+    means: RunMeans | None = None,
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .means import weigh_means
+from .means import RunMeans, weigh_means
 from .primitives import compute_capability, copy_engine_takes, launch_context, row_span
 from .tuning import AttendTiles, attend_tiles
 
@@ -198,8 +198,8 @@ def _attend_kernel(
 
         if HAS_MEANS:
             runs = tl.cdiv(own, mean_blocks)
-            read = (batch * (tl.num_programs(0) // GROUP) + key_head) * mean_blocks + (own + mean_blocks - 1) % mean_blocks
-            first_mean = read.to(tl.int64) * mean_rows * HEAD_DIM
+            mean_set = (batch * (tl.num_programs(0) // GROUP) + key_head) * mean_blocks + (own + mean_blocks - 1) % mean_blocks
+            first_mean = mean_set.to(tl.int64) * mean_rows * HEAD_DIM
             # A pipeline of its own would spill on compute capability 8.0, and there are few steps to fill it.
             for first_run in tl.range(0, runs, BLOCK_N, num_stages=1):
                 run = first_run + columns
@@ -248,12 +248,12 @@ def attend_blocks(
     output: torch.Tensor,
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
-    means: tuple[torch.Tensor, torch.Tensor] | None = None,
+    means: RunMeans | None = None,
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 
-    ``sliding_window`` (tokens) wants the lists of ``BlockIndex.of_window``; ``sinks`` are float32 [Hq]; ``means``, of keys
-    and of values, come from ``run_means``.
+    ``sliding_window`` (tokens) wants the lists of ``BlockIndex.of_window``; ``sinks`` are float32 [Hq]; ``means``
+    come from ``run_means``.
     """
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     geometry = index.geometry
@@ -261,7 +261,7 @@ def attend_blocks(
     block_d = triton.next_power_of_2(head_dim)
     tiles = attend_tiles(compute_capability(query), block_d, query.dtype, geometry.block_size)
     described = _descriptors(key, value, block_d, tiles)
-    mean_blocks, mean_rows = (1, 0) if means is None else means[0].shape[2:4]
+    mean_blocks, mean_rows = (1, 0) if means is None else means.key.shape[2:4]
     mean_weights = None if means is None else weigh_means(index, mean_blocks)
     with launch_context(query):
         _attend_kernel[heads, index.query_blocks * (geometry.block_size // tiles.block_m), batch](
@@ -274,7 +274,7 @@ def attend_blocks(
             index.indices,
             index.counts,
             sinks,
-            *(means or (None, None)),
+            *((None, None) if means is None else (means.key, means.value)),
             mean_weights,
             scale * math.log2(math.e),
             geometry.kv_len,

@@ -23,15 +23,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .means import weigh_means
+from .means import RunMeans, weigh_means
 from .primitives import copy_engine_takes, launch_context, multiprocessors
 from .tuning import heads_per_program, hopper_tiles
 
 # Triton renamed the copy; 3.6 knows the one name only, 3.9 the other.
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def as_shape(tile, shape: gl.constexpr):
+        """The first part of a tile's memory."""
+        return tile.reinterpret(tile.dtype, shape, tile.layout)
+
+else:
+
+    @gluon.jit
+    def as_shape(tile, shape: gl.constexpr):
+        """The first part of a tile's memory."""
+        return tile._reinterpret(tile.dtype, shape, tile.layout)
+
+
 BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(64)
+# Means per step. There are 64 of them in all at 64K tokens.
+MEANS = gl.constexpr(64)
+MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 # Query blocks at the end of the prompt are usually attended in full. They start first, or the last to start would run alone.
 LONG_TILES = 4
 
@@ -88,22 +106,29 @@ def _causal(logits, own_row, first_key, layout: gl.constexpr):
 
 
 @gluon.jit
+def _tile(tiles, stage, ROWS: gl.constexpr):
+    """Keys or values of one stage [ROWS, D], of which means fill the first part of a buffer."""
+    HEAD_DIM: gl.constexpr = tiles.shape[4]
+    if ROWS == tiles.shape[3]:
+        return tiles.index(stage).reshape([ROWS, HEAD_DIM])
+    return as_shape(tiles.index(stage), [1, 1, ROWS, HEAD_DIM]).reshape([ROWS, HEAD_DIM])
+
+
+@gluon.jit
 def _issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr, pred):
     """Start query x keys of step ``now`` and weights x values of the step before it; both run while this returns."""
-    _, key_tiles, value_tiles = buffers
+    _, key_tiles, value_tiles, _ = buffers
     _, _, key_full, _, value_full, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
-    STEP: gl.constexpr = key_tiles.shape[3]
-    HEAD_DIM: gl.constexpr = key_tiles.shape[4]
     stage = now % STAGES
     mbarrier.wait(key_full.index(stage), (now // STAGES) & 1, pred=pred)
-    key = key_tiles.index(stage).reshape([STEP, HEAD_DIM])
+    key = _tile(key_tiles, stage, zeros.shape[1])
     logits = warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
     stage = (now - 1) % STAGES
     mbarrier.wait(value_full.index(stage), ((now - 1) // STAGES) & 1)
-    value = value_tiles.index(stage).reshape([STEP, HEAD_DIM])
+    value = _tile(value_tiles, stage, weights.shape[1])
     if HAS_UNUSED:  # noqa: SIM102  (the outer one is decided at compile time)
-        if unused_from < STEP:
+        if unused_from < value.shape[0]:
             _zero_rows_from(value, unused_from)
     result = warpgroup_mma(weights, value, result, is_async=True)
     return logits, result
@@ -125,15 +150,14 @@ def _step(
     limit,
     unused_from,
     scale_log2,
-    mean_weights_ptr,
     KIND: gl.constexpr,
     HAS_UNUSED: gl.constexpr,
 ):
     """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
-    ``limit``-th, sees that many and one more. "listed": seen by all. "means": means from the ``first``
-    on, with the weights of ``weigh_means``.
+    ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights
+    of ``weigh_means``.
     """
     _, _, key_full, key_empty, _, value_empty = barriers
     STAGES: gl.constexpr = buffers[1].shape[0]
@@ -144,9 +168,7 @@ def _step(
         query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED, True
     )
     if KIND == "means":
-        # Between the products and the wait for them, which hides the load's.
-        mean = first + gl.arange(0, zeros.shape[1], layout=gl.SliceLayout(0, logits_layout))
-        log2_tokens = gl.load(mean_weights_ptr + mean)
+        log2_tokens = buffers[3].index(now % STAGES).reshape([MEANS]).load(gl.SliceLayout(0, logits_layout))
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     if KIND == "own":
@@ -186,12 +208,12 @@ def _compute(
     The first step of the next head takes the place that a step of the same head would have: its query-key product runs
     beside the last product with values, and its exponentials hide the wait for that.
     """
-    query_tiles, key_tiles, _ = buffers
+    query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, key_full, key_empty, _, value_empty = barriers
-    output_ptr, counts_ptr, _, mean_weights_ptr = pointers
+    output_ptr, counts_ptr, _ = pointers
     stride_h, stride_s = strides
     first_row, own, query_begin, query_end, key_end = place
-    head_count, list_stride, _, mean_steps, last_means, weights_stride, _, _ = work
+    head_count, list_stride, _, mean_steps, means_unused_from, _, _, _ = work
     STAGES: gl.constexpr = key_tiles.shape[0]
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
@@ -205,7 +227,11 @@ def _compute(
     line_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     store_layout: gl.constexpr = result_layout if DIRECT_STORE else line_layout
 
+    mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MEANS, 16])
+    mean_row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
+
     zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
+    mean_zeros = gl.zeros([ROWS, MEANS], gl.float32, mean_layout)
     no_max = gl.full([ROWS], -1e30, gl.float32, row_layout)
     no_sum = gl.zeros([ROWS], gl.float32, row_layout)
     own_row = warpgroup * ROWS
@@ -229,30 +255,37 @@ def _compute(
         for turn in range(head_count):
             listed_steps = gl.load(counts_ptr + turn * list_stride) * PARTS
             steps = listed_steps + mean_steps
-            mean_weights = mean_weights_ptr
             buffer = turn % QUERY_STAGES * 2 + warpgroup
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
             # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
             for step in range(1, PARTS):
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, mean_weights, "own", HAS_RANGES,
+                    step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, "own", HAS_RANGES,
                 )  # fmt: skip
             for step in range(PARTS, listed_steps):
                 unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
                 weights, result, running_max, running_sum = _step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                    0, 0, unused_from, scale_log2, mean_weights, "listed", HAS_RANGES,
+                    0, 0, unused_from, scale_log2, "listed", HAS_RANGES,
                 )  # fmt: skip
+            # What the last step's values hold from here on is not multiplied, even with weights of zero.
+            unused_from = gl.where(listed_steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
+            last_weights = weights
             if HAS_MEANS:
-                mean_weights += turn * weights_stride
-                for step in range(listed_steps, steps):
-                    unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
-                    weights, result, running_max, running_sum = _step(
-                        query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                        step + 1 == steps, (step - listed_steps) * STEP, 0, unused_from, scale_log2, mean_weights,
-                        "means", HAS_RANGES,
+                mean_max = gl.convert_layout(running_max, mean_row_layout)
+                mean_sum = gl.convert_layout(running_sum, mean_row_layout)
+                last_weights, result, mean_max, mean_sum = _step(
+                    query, weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + listed_steps,
+                    mean_steps == 1, 0, 0, unused_from, scale_log2, "means", HAS_RANGES,
+                )  # fmt: skip
+                for step in range(listed_steps + 1, steps):
+                    last_weights, result, mean_max, mean_sum = _step(
+                        query, last_weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + step,
+                        step + 1 == steps, 0, 0, MEANS, scale_log2, "means", False,
                     )  # fmt: skip
+                running_sum = gl.convert_layout(mean_sum, row_layout)
+                unused_from = means_unused_from
             mbarrier.arrive(query_empty.index(buffer), count=1)
             done += steps
 
@@ -262,12 +295,8 @@ def _compute(
             phase = ((turn + 1) // QUERY_STAGES) & 1
             mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
-            unused_from = gl.where(steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
-            if HAS_MEANS:
-                # What lies behind the last mean, NaN or not, is not even multiplied with weights of zero.
-                unused_from = gl.where(mean_steps > 0, last_means, unused_from)
             logits_in_work, result_in_work = _issue_products(
-                query, weights, result, zeros, buffers, barriers, done, unused_from, HAS_RANGES or HAS_MEANS, is_more
+                query, last_weights, result, zeros, buffers, barriers, done, unused_from, HAS_RANGES or HAS_MEANS, is_more
             )
             logits = warpgroup_mma_wait(1, deps=[logits_in_work])
             mbarrier.arrive(key_empty.index(done % STAGES), count=1, pred=is_more)
@@ -275,7 +304,7 @@ def _compute(
             next_weights, next_max, next_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
             next_weights = gl.convert_layout(next_weights.to(dtype), weights_layout)
             mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
-            result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
+            result, last_weights = warpgroup_mma_wait(0, deps=[result_in_work, last_weights])
             mbarrier.arrive(value_empty.index((done - 1) % STAGES), count=1)
             result = result / gl.convert_layout(running_sum, gl.SliceLayout(1, result_layout))[:, None]
             row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
@@ -307,7 +336,7 @@ def _compute_lower(
 @gluon.jit
 def _load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
     """Fetch keys and values of step ``now`` as soon as their buffers are free."""
-    _, key_tiles, value_tiles = buffers
+    _, key_tiles, value_tiles, _ = buffers
     _, _, key_full, key_empty, value_full, value_empty = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
     stage = now % STAGES
@@ -318,6 +347,25 @@ def _load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
     mbarrier.wait(value_empty.index(stage), phase)
     mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
     copy_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
+
+
+@gluon.jit
+def _load_means(descriptors, head, list_row, first_mean, buffers, barriers, now):
+    """Fetch the means from the ``first_mean`` on, and their weights, as step ``now``."""
+    _, key_tiles, value_tiles, mean_weights = buffers
+    _, _, key_full, key_empty, value_full, value_empty = barriers
+    _, _, _, key_desc, value_desc, weights_desc = descriptors
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    shape: gl.constexpr = key_desc.block_type.shape
+    stage = now % STAGES
+    phase = ((now // STAGES) & 1) ^ 1
+    mbarrier.wait(key_empty.index(stage), phase)
+    mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes + weights_desc.block_type.nbytes)
+    copy_to_shared(weights_desc, [list_row, first_mean], key_full.index(stage), mean_weights.index(stage))
+    copy_to_shared(key_desc, head + [first_mean, 0], key_full.index(stage), as_shape(key_tiles.index(stage), shape))
+    mbarrier.wait(value_empty.index(stage), phase)
+    mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
+    copy_to_shared(value_desc, head + [first_mean, 0], value_full.index(stage), as_shape(value_tiles.index(stage), shape))
 
 
 @gluon.jit
@@ -336,12 +384,12 @@ def _load(
 ):
     """The loading warp: queries of each head, then the listed keys and values in the order they are computed with, then the
     means."""
-    query_tiles, key_tiles, _ = buffers
+    query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _ = barriers
-    query_desc, key_desc, value_desc, key_means_desc, value_means_desc = descriptors
-    _, counts_ptr, indices_ptr, _ = pointers
+    query_desc, key_desc, value_desc, _, _, _ = descriptors
+    _, counts_ptr, indices_ptr = pointers
     first_row, own, _, _, _ = place
-    head_count, list_stride, width, mean_steps, _, _, mean_set, mean_blocks = work
+    head_count, list_stride, width, mean_steps, _, first_list, mean_set, mean_blocks = work
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
     PARTS: gl.constexpr = BLOCK // STEP
@@ -364,8 +412,9 @@ def _load(
         done += steps
         if HAS_MEANS:
             for step in range(mean_steps):
-                coordinates = [batch, mean_set + head // GROUP * mean_blocks, step * STEP, 0]
-                _load_step(key_means_desc, value_means_desc, coordinates, buffers, barriers, done + step)
+                mean_head = [batch, mean_set + head // GROUP * mean_blocks]
+                list_row = first_list + turn * list_stride
+                _load_means(descriptors, mean_head, list_row, step * MEANS, buffers, barriers, done + step)
             done += mean_steps
 
 
@@ -386,7 +435,6 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
         "tiles",
         "width",
         "mean_blocks",
-        "weights_width",
         "head_count",
         "long_tiles",
     ]
@@ -397,11 +445,12 @@ def _attend_hopper_kernel(
     value_desc,
     key_means_desc,
     value_means_desc,
+    mean_weights_desc,
     output_ptr,
     ranges_ptr,
     indices_ptr,
     counts_ptr,
-    mean_weights_ptr,
+    spoiled_ptr,
     scale_log2,
     kv_len,
     query_len,
@@ -410,7 +459,6 @@ def _attend_hopper_kernel(
     tiles,
     width,
     mean_blocks,
-    weights_width,
     head_count,
     long_tiles,
     heads,
@@ -449,6 +497,7 @@ def _attend_hopper_kernel(
         gl.allocate_shared_memory(query_desc.dtype, [2 * QUERY_STAGES, 1, 1, ROWS, HEAD_DIM], query_desc.layout),
         gl.allocate_shared_memory(key_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], key_desc.layout),
         gl.allocate_shared_memory(value_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], value_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, MEANS], MEAN_WEIGHTS_LAYOUT),
     )
     barriers = (
         _barriers(2 * QUERY_STAGES, 1),
@@ -462,17 +511,16 @@ def _attend_hopper_kernel(
 
     output_ptr += batch * stride_ob + first_head * stride_oh
     mean_steps = own * 0
-    last_means = own * 0
+    means_unused_from = own * 0
     mean_set = own * 0
-    weights_stride = own * 0
     if HAS_MEANS:
-        means = gl.cdiv(own, mean_blocks)
-        mean_steps = gl.cdiv(means, STEP)
-        last_means = means - (mean_steps - 1) * STEP
-        mean_set = (own + mean_blocks - 1) % mean_blocks
-        weights_stride = tiles * weights_width
-        mean_weights_ptr += list_row * weights_width
-    pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width, mean_weights_ptr)
+        # The first query block reads means that weigh nothing, so that every head ends with a step of means.
+        mean_steps = gl.maximum(gl.cdiv(gl.cdiv(own, mean_blocks), MEANS), 1)
+        mean_set = gl.where(own > 0, (own + mean_blocks - 1) % mean_blocks, 0)
+        # The step's last means are of later blocks, if of any. Their weights are zero.
+        last_means = gl.cdiv(own, mean_blocks) - (mean_steps - 1) * MEANS
+        means_unused_from = gl.where(gl.load(spoiled_ptr) == 0, MEANS, last_means)
+    pointers = (output_ptr, counts_ptr + list_row, indices_ptr + list_row * width)
     strides = (stride_oh, stride_os)
     place = (first_row, own, query_begin, query_end, key_end)
     work = (
@@ -480,12 +528,12 @@ def _attend_hopper_kernel(
         tiles,
         width.to(gl.int64),
         mean_steps,
-        last_means,
-        weights_stride,
+        means_unused_from,
+        list_row.to(gl.int32),
         mean_set,
         mean_blocks,
     )
-    descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc)
+    descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc, mean_weights_desc)
     gl.warp_specialize(
         [
             (
@@ -518,6 +566,13 @@ def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     )
 
 
+def _mean_descriptors(means: RunMeans, weights: torch.Tensor) -> list[TensorDescriptor]:
+    lists = weights.flatten(0, 2)
+    described = [_descriptor(tensor.flatten(1, 2), MEANS.value) for tensor in (means.key, means.value)]
+    layout = MEAN_WEIGHTS_LAYOUT.value
+    return [*described, TensorDescriptor(lists, list(lists.shape), list(lists.stride()), [1, MEANS.value], layout)]
+
+
 def attend_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -526,29 +581,29 @@ def attend_blocks(
     *,
     scale: float,
     output: torch.Tensor,
-    means: tuple[torch.Tensor, torch.Tensor] | None = None,
+    means: RunMeans | None = None,
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 
-    ``means``, of keys and of values, come from ``run_means``; dropped blocks take part through them.
+    ``means`` come from ``run_means``; dropped blocks take part through them.
     """
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
     head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query))
-    mean_blocks = 1 if means is None else means[0].shape[2]
-    mean_weights = None if means is None else weigh_means(index, mean_blocks)
+    mean_blocks = 1 if means is None else means.key.shape[2]
+    of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks))
     with launch_context(query):
         _attend_hopper_kernel[index.query_blocks * heads // head_count * batch,](
             _descriptor(query, ROWS.value),
             _descriptor(key, tiles.step),
             _descriptor(value, tiles.step),
-            *([None] * 2 if means is None else [_descriptor(tensor.flatten(1, 2), tiles.step) for tensor in means]),
+            *of_means,
             output,
             geometry.valid_ranges,
             index.indices,
             index.counts,
-            mean_weights,
+            None if means is None else means.spoiled,
             scale * math.log2(math.e),
             geometry.kv_len,
             query_len,
@@ -557,7 +612,6 @@ def attend_blocks(
             index.query_blocks,
             index.indices.shape[-1],
             mean_blocks,
-            0 if mean_weights is None else mean_weights.shape[-1],
             head_count,
             min(LONG_TILES, index.query_blocks),
             heads,

@@ -7,6 +7,8 @@ Runs are counted back from each query block's own, so that no mean holds a later
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,11 +23,21 @@ WIDTH = 128
 TILE = 4096
 
 
+class RunMeans(NamedTuple):
+    """Means of runs of blocks, of keys and of values [B, Hkv, n, ceil(N / n), D], and whether any of the values' is not finite,
+    int32 [1]: then an attend kernel must not even multiply what it does not read."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    spoiled: torch.Tensor
+
+
 @triton.jit(do_not_specialize=["blocks", "rows", "mean_blocks"])
 def _run_means_kernel(
     keys_ptr,
     values_ptr,
     output_ptr,
+    spoiled_ptr,
     blocks,
     rows,
     mean_blocks,
@@ -33,7 +45,8 @@ def _run_means_kernel(
     BLOCK_D: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """One program: the means of the runs that end with RUNS neighbouring blocks, for one head of keys or of values."""
+    """One program: the means of the runs that end with RUNS neighbouring blocks, for one head of keys or of values. Those that
+    would end after the last block are zeros."""
     head, is_value = tl.program_id(1).to(tl.int64), tl.program_id(2)
     last = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
     channels = tl.arange(0, BLOCK_D)
@@ -47,24 +60,29 @@ def _run_means_kernel(
         is_block = (block >= 0) & (block < blocks)
         source = (head * blocks + block)[:, None] * HEAD_DIM + channels[None, :]
         total += tl.load(source_ptr + source, mask=is_block[:, None] & in_head, other=0.0).to(tl.float32)
-    mean = total / tl.minimum(last + 1, mean_blocks)[:, None]
+    mean = tl.where((last < blocks)[:, None], total / tl.minimum(last + 1, mean_blocks)[:, None], 0.0)
+    if is_value:
+        if tl.max(tl.where(tl.abs(mean) < float("inf"), 0, 1)) > 0:
+            tl.store(spoiled_ptr, 1)
     row = (tl.num_programs(1) * is_value + head) * mean_blocks + last % mean_blocks
     target = output_ptr + (row * rows + last // mean_blocks)[:, None] * HEAD_DIM + channels[None, :]
-    tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < blocks)[:, None] & in_head)
+    tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < rows * mean_blocks)[:, None] & in_head)
 
 
-def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of runs of blocks [B, Hkv, n, ceil(N / n), D]; arguments and rows are those of backends/torch/means.py."""
+def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: int) -> RunMeans:
+    """Arguments and rows are those of backends/torch/means.py."""
     batch, heads, blocks, head_dim = key_means.shape
     rows = triton.cdiv(blocks, mean_blocks)
     output = key_means.new_empty(2, batch, heads, mean_blocks, rows, head_dim)
+    spoiled = torch.zeros(1, dtype=torch.int32, device=key_means.device)
     block_d = triton.next_power_of_2(head_dim)
     runs = TILE // block_d
     with launch_context(key_means):
-        _run_means_kernel[triton.cdiv(blocks, runs), batch * heads, 2](
+        _run_means_kernel[triton.cdiv(rows * mean_blocks, runs), batch * heads, 2](
             key_means,
             value_means,
             output,
+            spoiled,
             blocks,
             rows,
             mean_blocks,
@@ -73,7 +91,7 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
             RUNS=runs,
             num_warps=4,
         )
-    return output[0], output[1]
+    return RunMeans(output[0], output[1], spoiled)
 
 
 @triton.jit
@@ -92,7 +110,8 @@ def _listed_before(list_ptr, count, steps, block):
 def _weigh_means_kernel(
     indices_ptr, counts_ptr, weights_ptr, list_width, width, mean_blocks, LOG2_BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One program: the weights of one list. An empty list's are not written, nor those from the last tile in use on."""
+    """One program: the weights of one list. An empty list's are not written, nor those behind the last tile in use; of the
+    first query block, which reads no mean, that is the first."""
     list_row = tl.program_id(0).to(tl.int64)
     indices_ptr += list_row * list_width
     count = tl.load(counts_ptr + list_row)
@@ -101,11 +120,11 @@ def _weigh_means_kernel(
         steps = 0
         while (1 << steps) <= count:
             steps += 1
-        read = (own + mean_blocks - 1) % mean_blocks
-        for first in range(0, tl.cdiv(own, mean_blocks), WIDTH):
+        mean_set = (own + mean_blocks - 1) % mean_blocks
+        for first in range(0, tl.maximum(tl.cdiv(own, mean_blocks), 1), WIDTH):
             run = first + tl.arange(0, WIDTH)
             # Blocks ``begin`` to ``end`` - 1, as far as there are any before the query block's own.
-            end = run * mean_blocks + read + 1
+            end = run * mean_blocks + mean_set + 1
             begin = tl.maximum(end - mean_blocks, 0)
             kept = _listed_before(indices_ptr, count, steps, end) - _listed_before(indices_ptr, count, steps, begin)
             dropped = tl.where(end <= own, end - begin - kept, 0)

@@ -178,8 +178,8 @@ def _select_shares_kernel(
     last_own = first_own + tl.minimum(QUERY_BLOCKS, tiles - first_tile) - 1
     last_own = tl.minimum(last_own, tl.cdiv(query_end, BLOCK) - 1)
 
-    # Tiles before the first query block are seen whole by every query.
-    for number in range(first_own // TILE_BLOCKS):
+    # Tiles before the first query block are seen whole by every query. A program behind the row's last query has none.
+    for number in range(tl.where(last_own >= first_own, first_own // TILE_BLOCKS, 0)):
         if HAS_DESCRIPTORS:
             pooled = pooled_desc.load([pooled_row + number * TILE, 0])
         else:
