@@ -19,7 +19,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from eval import common
+from eval import common, recording
 from eval.haystack import plant
 from eval.recall_prompts import make_prompts
 from eval.schema import Result
@@ -108,8 +108,8 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         raise common.UsageError(common.first_line(error)) from None
     rows = [asdict(layer) for layer in found.layers]
-    place, identity = common.environment(model.device), common.model_record(args.model, model)
-    arguments, summary = common.recorded_arguments(args), summarise(found)
+    place, identity = recording.environment(model.device), recording.model_record(args.model, model)
+    arguments, summary = recording.recorded_arguments(args), summarise(found)
     Result("calibrate", place, identity, found.config.to_dict(), arguments, summary, rows).write(args.output)
     # In a folder of its own, so that a report of all results does not take it for one.
     settings = args.output.parent / "configs" / args.output.name

@@ -1,29 +1,21 @@
-"""What every harness needs: options, a loaded model, one record of the run, and errors that end in one line."""
+"""What every harness needs: options, a loaded model, words for its tables, and errors that end in one line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_flashprefill
-from eval.runner import PartialRun, process_count, process_rank
-from eval.schema import ModelRecord, Result
-from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError, prefill_stats
+from eval.runner import process_count, process_rank
+from hf_flashprefill import FlashPrefillConfig, prefill_stats
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -169,124 +161,6 @@ def check_one_process(harness: str) -> None:
         raise UsageError(f"eval.{harness} runs in one process; start it without accelerate launch")
 
 
-def run_and_record(
-    harness: str,
-    args: argparse.Namespace,
-    model: PreTrainedModel,
-    config: FlashPrefillConfig,
-    names: Sequence[str],
-    work: Callable[[int], list[dict]],
-    summarise: Callable[[list[dict]], list[dict]],
-) -> Result | None:
-    """Ask a loaded model all prompts and write the JSON file, as ``complete`` does.
-
-    Args:
-        harness: Its name.
-        args: Parsed arguments, with those of ``add_run_arguments``.
-        model: The model that ``work`` asks.
-        config: Settings of the patched state.
-        names: One per prompt, all different.
-        work: Makes the rows of prompt ``i``.
-        summarise: Makes the summary from all rows.
-
-    Returns:
-        What was written; None in processes other than the first.
-
-    Raises:
-        UsageError: The model cannot be patched or a prompt does not fit.
-    """
-    run = model_run(harness, args, args.model, model, config)
-    return complete(run, args.output, names, work, summarise, others={"weights": fingerprint(model)})
-
-
-def time_and_record(
-    run: Result,
-    output: Path,
-    names: Sequence[str],
-    work: Callable[[int], list[dict]],
-    unit: str,
-    others: dict[str, Any] | None = None,
-) -> Result | None:
-    """``complete`` for rows that hold times, which depend on the environment, too: those of another device or of another
-    version are not taken up. There is no summary."""
-    place = {name: value for name, value in run.environment.items() if name != "time"}
-    return complete(run, output, names, work, lambda rows: [], unit, {"environment": place} | (others or {}))
-
-
-def complete(
-    run: Result,
-    output: Path,
-    names: Sequence[str],
-    work: Callable[[int], list[dict]],
-    summarise: Callable[[list[dict]], list[dict]],
-    unit: str = "prompt",
-    others: dict[str, Any] | None = None,
-) -> Result | None:
-    """Do all tasks of a run, resuming what an interruption left, and write the JSON file.
-
-    Args:
-        run: The result but for its summary and rows.
-        output: The JSON file.
-        names: One per task, all different.
-        work: Makes the rows of task ``i``.
-        summarise: Makes the summary from all rows.
-        unit: What a task is called in the progress bar.
-        others: Plain values that decide the rows, beside the model, settings and arguments of ``run``.
-
-    Returns:
-        What was written; None in processes other than the first.
-
-    Raises:
-        UsageError: ``work`` finds a model that cannot be patched or a value out of its range.
-    """
-    partial = PartialRun(output, run_settings(run) | (others or {}))
-    try:
-        rows = partial.run(names, work, run.harness, unit)
-    except (UnsupportedModelError, ValueError) as error:
-        raise UsageError(first_line(error)) from None
-    if rows is None:
-        return None
-    result = write_result(run, output, summarise(rows), rows)
-    partial.remove()
-    return result
-
-
-def write_result(run: Result, output: Path, summary: list[dict], rows: list[dict]) -> Result:
-    """Write the JSON file of a run whose rows are there; its time is this moment."""
-    result = replace(run, environment=run.environment | {"time": _now()}, summary=summary, rows=rows)
-    result.write(output)
-    return result
-
-
-def run_settings(run: Result) -> dict[str, Any]:
-    """What decides the rows of a run as far as its result says it."""
-    return {"harness": run.harness, "arguments": run.arguments, "model": run.model, "config": run.config}
-
-
-def model_run(harness: str, args: argparse.Namespace, name: str, model: PreTrainedModel, config: FlashPrefillConfig) -> Result:
-    """What is known of a run before its first row: all but the summary and the rows. The model is not patched."""
-    identity, arguments = model_record(name, model), recorded_arguments(args)
-    return Result(harness, environment(model.device), identity, config.to_dict(), arguments, [], [])
-
-
-def model_record(name: str, model: PreTrainedModel) -> ModelRecord:
-    """What a result says about its model, which must not be patched at the moment."""
-    return {
-        "name": Path(name).name,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "base_implementation": model.config.get_text_config(decoder=True)._attn_implementation,
-    }
-
-
-def recorded_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that a result records as arguments: not those that its other parts hold, nor where files are."""
-    of_config = {"alpha", "selector", "min_seq_len", "config", "config_defaults", "set"}
-    of_config |= {"pool_size", "correction", "mean_blocks"}
-    left_out = {"output", "peer", "device", "dtype", "model", "shape", "backend"} | of_config
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
-
-
 def limited(groups: Sequence[Sequence[Any]], limit: int | None) -> list[Any]:
     """All groups one after the other, at most ``limit`` entries of each."""
     return [entry for group in groups for entry in list(group)[:limit]]
@@ -360,41 +234,6 @@ def read_text(path: str) -> str:
         raise UsageError(f"--dataset {path}: {first_line(error)}") from None
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a run took place: versions, device, commit."""
-    cuda = device.type == "cuda"
-    return {
-        "time": _now(),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
-        "threads": None if cuda else torch.get_num_threads(),
-        "processes": process_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": package_version("triton"),
-        "transformers": transformers.__version__,
-        "hf_flashprefill": hf_flashprefill.__version__,
-        "commit": _commit(),
-    }
-
-
-def package_version(package: str) -> str | None:
-    """Of an installed package; None if it is not there."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def device_slug(environment: dict[str, Any]) -> str:
-    """The device of a run as file names have it."""
-    return "cpu" if environment["threads"] else environment["device"].lower().replace(" ", "-")
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns padded to their widest cell."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -458,26 +297,6 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def fingerprint(model: PreTrainedModel) -> int:
-    """Tells apart weights that share a name, such as those of a folder that was trained again."""
-    weight = model.get_output_embeddings().weight[:64].detach().cpu().contiguous()
-    return zlib.crc32(weight.view(torch.uint8).numpy().tobytes())
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _commit() -> str | None:
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None

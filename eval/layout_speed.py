@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from eval import common
+from eval import common, recording
 from eval.operator_speed import (
     KERNEL_SELECTORS,
     Tensors,
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
     run = operator_run("layout_speed", args, args.backend, config.resolved())
     output = args.output or dated_output("results", "layouts", run)
     names = [f"{i}/{length}" for i, length in enumerate(lengths)]
-    result = common.time_and_record(run, output, names, work, "length")
+    result = recording.time_and_record(run, output, names, work, "length")
     if result:
         report(result, output)
     return 0

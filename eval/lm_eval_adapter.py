@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval import common
+from eval import common, recording
 from eval.runner import settings_key
 from eval.schema import Result
 from eval.statistics import paired_mean
@@ -81,7 +81,7 @@ def evaluate(
 
 def cache_path(run: Result, output: Path, weights: int) -> Path:
     """Where the answers of the unpatched model are kept, but for what lm_eval appends; of this run's settings alone."""
-    settings = common.run_settings(run) | {"weights": weights, "lm_eval": common.package_version("lm_eval")}
+    settings = recording.run_settings(run) | {"weights": weights, "lm_eval": recording.package_version("lm_eval")}
     return output.with_name(f"{output.stem}.{settings_key(settings)}.unpatched")
 
 
@@ -152,8 +152,8 @@ def main(argv: list[str]) -> int:
     except ImportError:
         raise common.UsageError("the lm-evaluation-harness is not installed: pip install lm_eval") from None
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
-    run = common.model_run("lm_eval", args, args.model, model, config)
-    cache = cache_path(run, args.output, common.fingerprint(model))
+    run = recording.model_run("lm_eval", args, args.model, model, config)
+    cache = cache_path(run, args.output, recording.fingerprint(model))
     try:
         manager = TaskManager(include_path=args.include_path)
         before = evaluate(model, tokenizer, manager, args, cache)
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
         raise common.UsageError(f"--tasks {' '.join(args.tasks)}: {common.first_line(error)}") from None
     rows = [asdict(row) for row in pair(before, after)]
     if rows:
-        common.write_result(run, args.output, [{"tasks": args.tasks, "density": density}], rows)
+        recording.write_result(run, args.output, [{"tasks": args.tasks, "density": density}], rows)
     remove_cache(cache)
     if not rows:
         raise common.UsageError(f"--tasks {' '.join(args.tasks)}: no metric with a value per sample")

@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from eval import common
+from eval import common, recording
 from eval.haystack import encode_fact, plant, random_facts
 from eval.pictures import draw_needle
 from eval.texts import add_text_arguments, corpus_ids
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
         prompt = prompts[i][1]
         return rows_of(prompt, *compare(model, prompt, config))
 
-    result = common.run_and_record("needle", args, model, config, [name for name, _ in prompts], work, summarise)
+    result = recording.run_and_record("needle", args, model, config, [name for name, _ in prompts], work, summarise)
     if result:
         picture = args.output.with_suffix(".png")
         draw_needle(result.rows, f"{result.model['name']}, {common.describe(config)}").savefig(picture, dpi=130)

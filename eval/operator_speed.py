@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval import common
+from eval import common, recording
 from eval.pictures import draw_operator
 from eval.schema import ModelRecord, Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
@@ -305,13 +305,13 @@ def operator_run(harness: str, args: argparse.Namespace, implementation: str, co
     """What is known of a run on random tensors before its first row: all but the summary and the rows."""
     dtype = str(args.dtype).removeprefix("torch.")
     identity: ModelRecord = {"name": "operator", "parameters": 0, "dtype": dtype, "base_implementation": implementation}
-    place, arguments = common.environment(args.device), common.recorded_arguments(args)
+    place, arguments = recording.environment(args.device), recording.recorded_arguments(args)
     return Result(harness, place, identity, config.to_dict(), arguments, [], [])
 
 
 def dated_output(folder: str, kind: str, run: Result) -> Path:
     """The JSON file of a run that names none: by day and device."""
-    return Path(folder) / f"{kind}-{date.today()}-{common.device_slug(run.environment)}.json"
+    return Path(folder) / f"{kind}-{date.today()}-{recording.device_slug(run.environment)}.json"
 
 
 def peer_checksums(peers: list[str]) -> list[list]:
@@ -350,7 +350,7 @@ def main(argv: list[str]) -> int:
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1
         others = {"peers": peer_checksums(args.peer)}
-        result = common.time_and_record(run, output, names, lambda i: [measure(*shapes[i], args)], "shape", others)
+        result = recording.time_and_record(run, output, names, lambda i: [measure(*shapes[i], args)], "shape", others)
     if result:
         report(result, output, args.selectors)
     return 0

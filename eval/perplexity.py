@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval import common
+from eval import common, recording
 from eval.haystack import encode
 from eval.scoring import hidden_states, score_tokens
 from eval.statistics import perplexity_rise
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
         name, ids = prompts[i]
         return [asdict(compare(model, ids, name, config, args.continuation, args.buckets))]
 
-    result = common.run_and_record("perplexity", args, model, config, [name for name, _ in prompts], work, summarise)
+    result = recording.run_and_record("perplexity", args, model, config, [name for name, _ in prompts], work, summarise)
     if result:
         print(summary_table(result.summary))
         print(f"\nprefill of {result.summary[-1]['length']} tokens, by position")

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from eval import common
+from eval import common, recording
 from eval.recall_prompts import PLACEMENTS, RecallPrompt, make_prompts
 from eval.scoring import score_tokens
 from eval.statistics import paired_difference, perplexity_rise
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> int:
     def work(i: int) -> list[dict]:
         return [asdict(compare(model, prompts[i], config))]
 
-    result = common.run_and_record("recall", args, model, config, [prompt.name for prompt in prompts], work, summarise)
+    result = recording.run_and_record("recall", args, model, config, [prompt.name for prompt in prompts], work, summarise)
     if result:
         print(summary_table(result.summary))
         longest = result.summary[-1]

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval import common
+from eval import common, recording
 from eval.ruler_tasks import TASKS, QaRecord, Sample, Sources, fit_amount, make_sample, split_sentences
 from eval.statistics import paired_mean
 from eval.texts import add_text_arguments, documents, records
@@ -258,7 +258,7 @@ def main(argv: list[str]) -> int:
         _, name, length, make = samples[i]
         return [asdict(compare(model, tokenizer, name, length, make(), config))]
 
-    result = common.run_and_record("ruler", args, model, config, [seed for seed, *_ in samples], work, summarise)
+    result = recording.run_and_record("ruler", args, model, config, [seed for seed, *_ in samples], work, summarise)
     if result:
         print(summary_table(result.summary))
         print(f"\nfor orientation, FlashPrefill V2's paper\n{published_table()}\nwrote {args.output}")

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from eval import common
+from eval import common, recording
 from eval.pictures import draw_selection
 from eval.probe import observed_attention
 from eval.recall import RecallScore, score
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> int:
     def work(i: int) -> list[dict]:
         return [asdict(row) for row in measure(model, prompts[i], points, args.mass_rows, args.seed, args.times)]
 
-    result = common.run_and_record("selection", args, model, config, [prompt.name for prompt in prompts], work, summarise)
+    result = recording.run_and_record("selection", args, model, config, [prompt.name for prompt in prompts], work, summarise)
     if result:
         picture = args.output.with_suffix(".png")
         draw_selection(result.summary).savefig(picture, dpi=130)

@@ -29,7 +29,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from eval import common
+from eval import common, recording
 from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
@@ -207,9 +207,9 @@ def main(argv: list[str]) -> int:
         config = base if density is None else config_for_density(base, length, density)
         return [measure(model, length, config, args.repeats)]
 
-    run = common.model_run("ttft", args, args.shape or args.model, model, base)
+    run = recording.model_run("ttft", args, args.shape or args.model, model, base)
     names = [f"{i}/{length}" for i, (length, _) in enumerate(tasks)]
-    result = common.time_and_record(run, args.output, names, work, "length", {"weights": common.fingerprint(model)})
+    result = recording.time_and_record(run, args.output, names, work, "length", {"weights": recording.fingerprint(model)})
     if result:
         report(result, args.output)
     return 0

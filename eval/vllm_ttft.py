@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from eval import common
+from eval import common, recording
 from eval.schema import ModelRecord, Result
 from eval.ttft import SHAPES, config_for_density, densities_of, spread
 from hf_flashprefill import FlashPrefillConfig
@@ -172,7 +172,7 @@ def run_of(args: argparse.Namespace, shape: PretrainedConfig, config: FlashPrefi
         "base_implementation": "vLLM FLASH_ATTN",
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place, arguments = common.environment(device) | {"vllm": version}, common.recorded_arguments(args)
+    place, arguments = recording.environment(device) | {"vllm": version}, recording.recorded_arguments(args)
     return Result("vllm_ttft", place, identity, config.to_dict(), arguments, [], [])
 
 
@@ -195,7 +195,7 @@ def measure_all(
                 measured[chunk] = measure(folder, shape.vocab_size, chunk, left, max(configs), args)
             return [next(measured[chunk])]
 
-        return common.time_and_record(run, args.output, [f"{chunk}/{length}" for chunk, length in tasks], work, "row")
+        return recording.time_and_record(run, args.output, [f"{chunk}/{length}" for chunk, length in tasks], work, "row")
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from eval import common, recall, ttft
+from eval import common, recall, recording, ttft
 from eval.haystack import standard_library_text
 from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
@@ -233,5 +233,5 @@ def test_a_file_of_settings_yields_to_options(tmp_path):
         written, alpha=0.5, layer_alphas=None, min_seq_len=7
     )
     assert config() == FlashPrefillConfig(min_seq_len=1)
-    recorded = common.recorded_arguments(parser.parse_args(["--config", str(path)]))
+    recorded = recording.recorded_arguments(parser.parse_args(["--config", str(path)]))
     assert recorded == {"lengths": [1024], "limit": None, "seed": 0}

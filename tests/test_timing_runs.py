@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import common, layout_speed, lm_eval_adapter, operator_speed, ttft, vllm_ttft
+from eval import common, layout_speed, lm_eval_adapter, operator_speed, recording, ttft, vllm_ttft
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = ["--lengths", "256", "384", "512"]
@@ -119,9 +119,9 @@ def test_an_unknown_device_is_refused(harness):
 
 @pytest.mark.parametrize("field", ["device", "threads", "processes", "torch", "triton", "hf_flashprefill", "commit"])
 def test_rows_of_another_environment_are_not_taken_up(field, layouts, interrupted, tmp_path, monkeypatch):
-    path, environment = tmp_path / "times.json", common.environment
+    path, environment = tmp_path / "times.json", recording.environment
     calls = interrupted(layout_speed, path, layouts)
-    monkeypatch.setattr(common, "environment", lambda device: environment(device) | {field: "another"})
+    monkeypatch.setattr(recording, "environment", lambda device: environment(device) | {field: "another"})
     assert common.run_command(layout_speed.main) == 0
     assert len(calls) == 5
     assert json.loads(path.read_text())["environment"][field] == "another"
@@ -130,7 +130,7 @@ def test_rows_of_another_environment_are_not_taken_up(field, layouts, interrupte
 
 def test_the_time_of_a_resumed_run_is_its_end(layouts, interrupted, tmp_path, monkeypatch):
     path, times = tmp_path / "times.json", iter("abcdefgh")
-    monkeypatch.setattr(common, "_now", lambda: next(times))
+    monkeypatch.setattr(recording, "_now", lambda: next(times))
     calls = interrupted(layout_speed, path, layouts)
     assert common.run_command(layout_speed.main) == 0
     assert len(calls) == 4
