@@ -36,10 +36,10 @@ MARGIN = 0.95
 # Seconds to spend on each figure, beyond the fewest runs that make a median.
 SECONDS = 0.05
 FEWEST_RUNS = 5
-# More than any cache holds. At an H200's bandwidth clearing them six times takes about 0.4 ms, in which the host launches: too
-# short for the eight launches of the defaults, which at 8192 tokens took .98 ms instead of the .63 of the stages alone.
+# More than any cache holds. An H200 clears them 24 times in about 1.5 ms, in which its host launches one operator call. Six
+# times were too few: at 8192 tokens the defaults took .98 ms instead of the .63 of the stages alone.
 QUEUE_BYTES = 256 << 20
-CLEARINGS = 24
+FEWEST_CLEARINGS = 24
 
 # Milliseconds of dense and of sparse attention at a length.
 TimeLength = Callable[[int], tuple[float, float]]
@@ -169,17 +169,33 @@ def imposed_index(
     return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
 
 
+def _clearings(run: Callable[[], object], cleared: torch.Tensor) -> int:
+    """How many times to clear the memory, so that it takes half as long again as the host takes to launch all of ``run``."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(cleared.device)
+    begin.record()
+    for _ in range(FEWEST_CLEARINGS):
+        cleared.zero_()
+    end.record()
+    end.synchronize()
+    started = time.perf_counter()
+    run()
+    launching_ms = 1e3 * (time.perf_counter() - started)
+    return max(FEWEST_CLEARINGS, math.ceil(1.5 * launching_ms * FEWEST_CLEARINGS / begin.elapsed_time(end)))
+
+
 def median_ms(
     run: Callable[[], object], device: torch.device, seconds: float, least: int = FEWEST_RUNS, queued: bool = False
 ) -> dict[str, float]:
     """Median and quartiles of ``run`` in milliseconds, after one unmeasured run; by the GPU's clock where there is one.
 
     It runs for ``seconds`` and at least ``least`` times, two or more. ``queued``: the GPU is kept busy with clearing memory
-    until all of ``run`` is in its queue, as it is in a model, whose host runs ahead; what counts is the GPU's own time, with
-    nothing of the tensors in its cache. Otherwise an idle GPU waits for every launch.
+    until all of ``run`` is in its queue, however long the host takes, as it is in a model, whose host runs ahead; what counts
+    is the GPU's own time, with nothing of the tensors in its cache. Otherwise an idle GPU waits for every launch.
     """
     run()
     cleared = torch.empty(QUEUE_BYTES, dtype=torch.int8, device=device) if queued and device.type == "cuda" else None
+    clearings = 0 if cleared is None else _clearings(run, cleared)
     times: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -187,9 +203,8 @@ def median_ms(
     while len(times) < least or (time.perf_counter() < until and len(times) < 200):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if cleared is not None:
-                for _ in range(CLEARINGS):
-                    cleared.zero_()
+            for _ in range(clearings):
+                cleared.zero_()
             begin.record()
             run()
             end.record()
