@@ -17,10 +17,23 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon import language as gl
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_flashprefill.backends.triton import attend, attend_hopper, energies, gather, longest, means, pool, shares, tuning
+from hf_flashprefill.backends.triton import (
+    attend,
+    attend_hopper,
+    energies,
+    gather,
+    longest,
+    means,
+    pool,
+    probe,
+    probe_hopper,
+    shares,
+    tuning,
+)
 from hf_flashprefill.backends.triton.pool import TILE
 
 HEADS, KEY_HEADS, TOKENS, BLOCK = 8, 2, 512, 128
@@ -85,17 +98,33 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         ),
     )  # fmt: skip
 
-    tiles = tuning.share_tiles(generation, head_dim, dtype)
+    tiles = tuning.probe_tiles(generation, head_dim, dtype)
     described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [TILE, head_dim]) if tiles.copy_engine else None
-    for name, is_blend in (("shares", False), ("blends", True)):
+    probed = (None, scores, scores, 0.1, *lengths, 4, 0, 4, 256, 4)
+    probing = {
+        "GROUP": group,
+        "HEADS": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK": BLOCK,
+        "POOL": 4,
+        "STRIDE": 8,
+        "HAS_RANGES": False,
+    }
+    yield (
+        "probe",
+        probe._probe_kernel.warmup(
+            query, counts, key, described, *probed, *strides, **probing, QUERY_BLOCKS=tiles.rows // (16 * group),
+            ROWS=tiles.rows, BLOCK_D=head_dim, TILE=TILE, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
+        ),
+    )  # fmt: skip
+    for name, is_blend in (("list shares", False), ("list blends", True)):
         yield (
             name,
-            shares._select_shares_kernel.warmup(
-                query, counts, key, described, None, scores, scores, number, counts, 0.1, -1.0, *lengths, 4, 0, 256, 4, 2, 4, 2,
-                *strides, **shape, HEADS=group, QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, POOL=4, STRIDE=8,
-                TILE=TILE, BLOCK_LIST=128, IS_RELATIVE=False, IS_BLEND=is_blend, LOG2_WEIGHT=4.0,
-                HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-                enable_fp_fusion=True, grid=(1,),
+            shares._list_shares_kernel.warmup(
+                scores, scores, None, number, counts, -1.0, *lengths, 4, 0, 4, 4, 4, 2, 4, 2, HEADS=group, QUERY_BLOCKS=1,
+                ROWS=tiles.rows, BLOCK=BLOCK, SLOTS=16, TILE_BLOCKS=4, BLOCK_LIST=shares.BLOCK_LIST, IS_RELATIVE=False,
+                IS_BLEND=is_blend, LOG2_WEIGHT=4.0, HAS_RANGES=False, num_warps=1, enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 
@@ -120,7 +149,8 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "run_means",
         means._run_means_kernel.warmup(
-            key, key, key, counts, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4, grid=(1,),
+            key, key, key, counts, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4,
+            grid=(1,),
         ),
     )  # fmt: skip
     yield (
@@ -141,12 +171,21 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     )  # fmt: skip
 
     if capability == 90:
+        tiles, layout = probe_hopper.tiles_for(query), gl.NVMMASharedLayout.get_default_for([TILE, head_dim], gl.bfloat16)
+        yield (
+            "probe_hopper",
+            probe_hopper._probe_hopper_kernel.warmup(
+                query, counts, probe_hopper.TensorDescriptor.from_tensor(key.view(-1, head_dim), [TILE, head_dim], layout),
+                *probed, *strides, **probing, QUERY_BLOCKS=tiles.rows // (16 * group), STAGES=tiles.num_stages,
+                num_warps=tiles.num_warps, enable_fp_fusion=True, grid=(1,),
+            ),
+        )  # fmt: skip
+
         tiles = tuning.hopper_tiles(head_dim)
         descriptors = [attend_hopper._descriptor(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
-        of_means = attend_hopper._mean_descriptors(
-            means.RunMeans(key[:, :, None], key[:, :, None], counts), torch.zeros(1, HEADS, 4, 128)
-        )
-        for name, of_means in (("attend_hopper", [None] * 3), ("attend_hopper means", of_means)):
+        run_means = means.RunMeans(key[:, :, None], key[:, :, None], counts)
+        described = attend_hopper._mean_descriptors(run_means, torch.zeros(1, HEADS, 4, 128))
+        for name, of_means in (("attend_hopper", [None] * 3), ("attend_hopper means", described)):
             yield (
                 name,
                 attend_hopper._attend_hopper_kernel.warmup(

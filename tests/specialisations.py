@@ -12,9 +12,9 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, warming
+from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attention, warming
 from hf_flashprefill.backends import triton as triton_backend
-from hf_flashprefill.backends.triton import attend, attend_hopper
+from hf_flashprefill.backends.triton import attend, attend_hopper, probe, probe_hopper, shares
 from hf_flashprefill.crossover import LayerShape
 from tests.compile_kernels import OfflineDriver
 
@@ -45,6 +45,15 @@ def attend_with_both(query, key, value, index, *, scale, output, **terms) -> Non
     further = {name: term for name, term in terms.items() if term is not None}
     if further.keys() <= {"means"} and attend_hopper.fits(query, key, value, index.geometry.block_size):
         attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, **further)
+
+
+def select_with_both(query, pooled, geometry, *, query_stride, **rule) -> BlockIndex:
+    """In place of the choice between the portable and the Hopper probe."""
+    for probing in (probe, probe_hopper):
+        if probing is probe or probe_hopper.fits(query, geometry.block_size, query_stride):
+            shares._probing = lambda *_, chosen=probing: chosen
+            index = shares.select_shares(query, pooled, geometry, query_stride=query_stride, **rule)
+    return index
 
 
 def prompt(shape: LayerShape, query_len: int, kv_len: int, batch: int, is_padded: bool, is_cached: bool, config) -> None:
@@ -80,6 +89,7 @@ if __name__ == "__main__":
     driver.set_active(OfflineDriver(90))
     triton_backend.obstacle = lambda query: None
     triton_backend.attend_blocks = attend_with_both
+    triton_backend.select_shares = select_with_both
     for name, dim, kind in (
         ("blend", 80, torch.bfloat16),
         ("blend", 128, torch.bfloat16),

@@ -1,11 +1,14 @@
 """What only a GPU can show: bfloat16, real tiles of every head_dim, graphs, no waiting, one million tokens of offsets."""
 
+import time
+
 import pytest
 import torch
 from transformers import Cache
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference, warmup
 from hf_flashprefill.audit import RowAudit
+from hf_flashprefill.crossover.measure import median_ms
 from hf_flashprefill.stats import LayerRecord
 from hf_flashprefill.support.families import FAMILIES
 from hf_flashprefill.support.matrix import check_column
@@ -155,9 +158,16 @@ def test_a_new_length_compiles_nothing():
     from hf_flashprefill.backends.triton.attend_hopper import _attend_hopper_kernel
     from hf_flashprefill.backends.triton.energies import _select_energies_kernel
     from hf_flashprefill.backends.triton.pool import _pool_keys_kernel
-    from hf_flashprefill.backends.triton.shares import _select_shares_kernel
+    from hf_flashprefill.backends.triton.probe_hopper import _probe_hopper_kernel
+    from hf_flashprefill.backends.triton.shares import _list_shares_kernel
 
-    kernels = (_attend_hopper_kernel, _pool_keys_kernel, _select_energies_kernel, _select_shares_kernel)
+    kernels = (
+        _attend_hopper_kernel,
+        _list_shares_kernel,
+        _pool_keys_kernel,
+        _probe_hopper_kernel,
+        _select_energies_kernel,
+    )
 
     def run(tokens: int) -> int:
         query = torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
@@ -198,6 +208,74 @@ def test_the_first_prompt_after_warmup_compiles_nothing(monkeypatch, tmp_path):
     model(ids[:, 300:], past_key_values=cache)
     assert prefill_stats(model).sparse_calls == 10
     assert compiled == []
+
+
+def test_the_time_of_a_queued_run_is_the_gpus_own():
+    """The launches of sixteen chunks took a host longer than any fixed number of clearings."""
+    tensor, device = torch.zeros(128, device="cuda"), torch.device("cuda")
+
+    def launched_slowly():
+        time.sleep(0.01)
+        tensor.add_(1)
+
+    assert median_ms(launched_slowly, device, seconds=0.2)["median_ms"] > 9
+    assert median_ms(launched_slowly, device, seconds=0.2, queued=True)["median_ms"] < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+def test_a_bad_value_of_a_later_block_reaches_no_mean_before_it(bad, dtype):
+    """Of the runs of blocks that one step loads, a query block's last may be followed by those of later blocks."""
+    query, key, value, _ = Case(1, 8, 2, 3000, 3000, 128, dtype=dtype).tensors(torch.device("cuda"))
+    config = FlashPrefillConfig(alpha=1.0, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton")
+    expected = flash_prefill_attention(query, key, value, config=config)
+    block = 11
+    value[0, :, block * 128 + 5] = bad
+    output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
+    assert not index.to_mask()[..., block + 1 :, block].all(), "the block must have been dropped somewhere"
+    assert torch.equal(output[:, :, : block * 128], expected[:, :, : block * 128])
+    assert not output[:, :, (block + 1) * 128 :].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (Case(1, 8, 2, 5000, 5000, 128), {}),
+        (Case(2, 4, 4, 3000, 3000, 64), {"pool_size": 16, "query_stride": 4}),
+        (Case(2, 6, 2, 1111, 4000, 128, ranges=((100, 4000), (0, 3500)), strided=True), {"pool_size": 8}),
+        (Case(1, 16, 1, 2000, 2000, 64), {"query_stride": 2, "block_size": 64}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("selector", ["blend", "share", "peak"])
+def test_both_probes_find_the_same_blocks(shape, settings, selector, monkeypatch):
+    """The portable one is compared with the reference everywhere; only sums in another order may part them."""
+    from hf_flashprefill.backends.triton import shares
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the other probe is for Hopper GPUs")
+    query, key, value, ranges = Case(**{**vars(shape), "dtype": torch.bfloat16}).tensors(torch.device("cuda"))
+    config = FlashPrefillConfig(selector=selector, alpha=0.6 if selector == "peak" else 0.12, backend="triton", **settings)
+    calls, probe_parts = [], shares.probe_hopper.probe_parts
+
+    def counted(*args):
+        calls.append(1)
+        probe_parts(*args)
+
+    def lists():
+        index = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True).index
+        index.validate()
+        assert 0.2 < index.density() < 0.8
+        return index.to_mask()
+
+    monkeypatch.setattr(shares.probe_hopper, "probe_parts", counted)
+    found = lists()
+    assert calls, "the Hopper kernel did not run"
+    calls.clear()
+    monkeypatch.setattr(shares, "probe_hopper", None)
+    expected = lists()
+    assert not calls
+    assert (found != expected).sum() <= 2e-4 * expected.numel()
 
 
 def test_graph_capture_replays_the_same_bits():

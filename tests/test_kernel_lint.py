@@ -27,14 +27,15 @@ def test_kernels_compile_clean(capability):
         "energies",
         "gather",
         "longest_queries",
-        "blends",
-        "shares",
+        "probe",
+        "list shares",
+        "list blends",
         "pools and blocks",
         "blocks",
         "run_means",
         "weigh_means",
     }
-    expected |= {"attend_hopper", "attend_hopper means"} if capability == 90 else set()
+    expected |= {"attend_hopper", "attend_hopper means", "probe_hopper"} if capability == 90 else set()
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
     for verdict in verdicts:
         # With means, 4 to 56 bytes wait in memory from one head's end to the next one's begin; no loop knows of them, nor of

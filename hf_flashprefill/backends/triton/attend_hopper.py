@@ -16,34 +16,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
+from .hopper_primitives import as_shape, copy_to_shared, make_barriers, row_span, shared_layout
 from .means import RunMeans, weigh_means
 from .primitives import copy_engine_takes, launch_context, multiprocessors
 from .tuning import heads_per_program, hopper_tiles
-
-# Triton renamed the copy; 3.6 knows the one name only, 3.9 the other.
-copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def as_shape(tile, shape: gl.constexpr):
-        """The first part of a tile's memory."""
-        return tile.reinterpret(tile.dtype, shape, tile.layout)
-
-else:
-
-    @gluon.jit
-    def as_shape(tile, shape: gl.constexpr):
-        """The first part of a tile's memory."""
-        return tile._reinterpret(tile.dtype, shape, tile.layout)
-
 
 BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(64)
@@ -52,23 +34,6 @@ MEANS = gl.constexpr(64)
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 # Query blocks at the end of the prompt are usually attended in full. They start first, or the last to start would run alone.
 LONG_TILES = 4
-
-
-@gluon.jit
-def _row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: gl.constexpr):
-    """(start, query_begin, query_end, key_end) of one batch row, as geometry.RowSpan defines them."""
-    if HAS_RANGES:
-        start = gl.load(ranges_ptr + 2 * batch)
-        end = gl.load(ranges_ptr + 2 * batch + 1)
-        query_begin = gl.maximum(query_offset - start, 0)
-        query_end = gl.maximum(gl.minimum(end, query_offset + query_len) - start, 0)
-        key_end = gl.maximum(end - start, 0)
-    else:
-        start = query_offset * 0
-        query_begin = query_offset
-        query_end = query_offset + query_len
-        key_end = kv_len
-    return start, query_begin, query_end, key_end
 
 
 @gluon.jit
@@ -109,7 +74,7 @@ def _causal(logits, own_row, first_key, layout: gl.constexpr):
 def _tile(tiles, stage, ROWS: gl.constexpr):
     """Keys or values of one stage [ROWS, D], of which means fill the first part of a buffer."""
     HEAD_DIM: gl.constexpr = tiles.shape[4]
-    if ROWS == tiles.shape[3]:
+    if tiles.shape[3] == ROWS:
         return tiles.index(stage).reshape([ROWS, HEAD_DIM])
     return as_shape(tiles.index(stage), [1, 1, ROWS, HEAD_DIM]).reshape([ROWS, HEAD_DIM])
 
@@ -418,14 +383,6 @@ def _load(
             done += mean_steps
 
 
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
-
-
 @gluon.jit(
     do_not_specialize=[
         "kv_len",
@@ -487,7 +444,7 @@ def _attend_hopper_kernel(
     batch = share // turns
     first_head = share % turns * head_count
 
-    start, query_begin, query_end, key_end = _row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
     own = query_begin // BLOCK + first_query_block + tile
     is_empty = (own * BLOCK >= query_end) | (query_end <= query_begin)
     first_row = start - query_offset + own * BLOCK
@@ -500,12 +457,12 @@ def _attend_hopper_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, 1, MEANS], MEAN_WEIGHTS_LAYOUT),
     )
     barriers = (
-        _barriers(2 * QUERY_STAGES, 1),
-        _barriers(2 * QUERY_STAGES, 1),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, 2),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, 2),
+        make_barriers(2 * QUERY_STAGES, 1),
+        make_barriers(2 * QUERY_STAGES, 1),
+        make_barriers(STAGES, 1),
+        make_barriers(STAGES, 2),
+        make_barriers(STAGES, 1),
+        make_barriers(STAGES, 2),
     )
     fence_async_shared()
 
@@ -559,11 +516,8 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size
 
 
 def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
-    block = [1, 1, rows, tensor.shape[-1]]
-    return TensorDescriptor(
-        tensor, list(tensor.shape), list(tensor.stride()), block, gl.NVMMASharedLayout.get_default_for(block, dtype)
-    )
+    block = (1, 1, rows, tensor.shape[-1])
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), shared_layout(block, tensor.dtype))
 
 
 def _mean_descriptors(means: RunMeans, weights: torch.Tensor) -> list[TensorDescriptor]:

@@ -61,9 +61,9 @@ def _run_means_kernel(
         source = (head * blocks + block)[:, None] * HEAD_DIM + channels[None, :]
         total += tl.load(source_ptr + source, mask=is_block[:, None] & in_head, other=0.0).to(tl.float32)
     mean = tl.where((last < blocks)[:, None], total / tl.minimum(last + 1, mean_blocks)[:, None], 0.0)
-    if is_value:
-        if tl.max(tl.where(tl.abs(mean) < float("inf"), 0, 1)) > 0:
-            tl.store(spoiled_ptr, 1)
+    is_spoiled = tl.max(tl.where(tl.abs(mean) < float("inf"), 0, 1))
+    if is_value * is_spoiled > 0:
+        tl.store(spoiled_ptr, 1)
     row = (tl.num_programs(1) * is_value + head) * mean_blocks + last % mean_blocks
     target = output_ptr + (row * rows + last // mean_blocks)[:, None] * HEAD_DIM + channels[None, :]
     tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < rows * mean_blocks)[:, None] & in_head)

@@ -86,21 +86,40 @@ def heads_per_program(heads: int, query_blocks: int, processors: int) -> int:
     return next(enough, 1)
 
 
-class ShareTiles(NamedTuple):
-    """Probing queries per program, its warps and pipeline stages, and whether the copy engine loads the pooled keys."""
+class Part(NamedTuple):
+    """Query blocks of heads with the same keys whose probing queries make one matrix of ``rows`` rows; the last may be idle."""
+
+    heads: int
+    query_blocks: int
+    rows: int
+
+    @classmethod
+    def largest(cls, group: int, slots: int, rows: int) -> Part:
+        """The part that fills ``rows`` best, where each of ``group`` heads has ``slots`` probing queries in a query block."""
+        heads = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * slots <= rows))
+        query_blocks = max(1, rows // (heads * slots))
+        return cls(heads, query_blocks, max(rows, heads * slots))
+
+
+class ProbeTiles(NamedTuple):
+    """Rows of a part, the parts of a program, programs that a multiprocessor holds at a time, their warps and pipeline stages,
+    and whether the copy engine loads the pooled keys."""
 
     rows: int
+    parts: int
+    resident: int
     num_warps: int
     num_stages: int
     copy_engine: bool = False
 
 
-def share_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -> ShareTiles:
-    """Tiles of the finer probe's kernel for a padded head_dim ``block_d``."""
+def probe_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -> ProbeTiles:
+    """Tiles of the finer probe's portable kernel for a padded head_dim ``block_d``."""
     if dtype == torch.float32:
-        return ShareTiles(32, num_warps=8, num_stages=1)
+        return ProbeTiles(32, parts=1, resident=2, num_warps=8, num_stages=1)
     if capability[0] in (9, 10):
         # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, 128K tokens: eight warps took 4.41 ms (three stages) and
         # 4.65 (two), four warps 3.24; 64 rows and four warps 3.61.
-        return ShareTiles(128, num_warps=8 if block_d > 128 else 4, num_stages=2, copy_engine=True)
-    return ShareTiles(64, num_warps=8, num_stages=1 if block_d > 128 else 2)
+        num_warps = 8 if block_d > 128 else 4
+        return ProbeTiles(128, parts=1, resident=2, num_warps=num_warps, num_stages=2, copy_engine=True)
+    return ProbeTiles(64, parts=1, resident=2, num_warps=8, num_stages=1 if block_d > 128 else 2)

@@ -1,0 +1,61 @@
+"""What the Gluon kernels for Hopper GPUs share, and names that differ between Triton's versions."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+# Triton renamed the copy; 3.6 knows the one name only, 3.9 the other.
+copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@functools.cache
+def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How the copy engine lays out such a block of 16-bit numbers. Kept, because asking anew for every launch takes the host
+    longer than the launch."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def as_shape(tile, shape: gl.constexpr):
+        """The first part of a tile's memory."""
+        return tile.reinterpret(tile.dtype, shape, tile.layout)
+
+else:
+
+    @gluon.jit
+    def as_shape(tile, shape: gl.constexpr):
+        """The first part of a tile's memory."""
+        return tile._reinterpret(tile.dtype, shape, tile.layout)
+
+
+@gluon.jit
+def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: gl.constexpr):
+    """(start, query_begin, query_end, key_end) of one batch row, as geometry.RowSpan defines them."""
+    if HAS_RANGES:
+        start = gl.load(ranges_ptr + 2 * batch)
+        end = gl.load(ranges_ptr + 2 * batch + 1)
+        query_begin = gl.maximum(query_offset - start, 0)
+        query_end = gl.maximum(gl.minimum(end, query_offset + query_len) - start, 0)
+        key_end = gl.maximum(end - start, 0)
+    else:
+        start = query_offset * 0
+        query_begin = query_offset
+        query_end = query_offset + query_len
+        key_end = kv_len
+    return start, query_begin, query_end, key_end
+
+
+@gluon.jit
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers that each open when ARRIVALS have arrived."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
