@@ -121,8 +121,7 @@ def _step(
     """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
-    ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights
-    of ``weigh_means``.
+    ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
     """
     _, _, key_full, key_empty, _, value_empty = barriers
     STAGES: gl.constexpr = buffers[1].shape[0]
@@ -156,14 +155,8 @@ def _step(
 
 @gluon.jit
 def _compute(
-    warpgroup: gl.constexpr,
-    buffers,
-    barriers,
-    pointers,
-    strides,
-    place,
-    work,
-    scale_log2,
+    warpgroup,
+    shared,
     DIRECT_STORE: gl.constexpr,
     HAS_RANGES: gl.constexpr,
     HAS_MEANS: gl.constexpr,
@@ -173,6 +166,7 @@ def _compute(
     The first step of the next head takes the place that a step of the same head would have: its query-key product runs
     beside the last product with values, and its exponentials hide the wait for that.
     """
+    buffers, barriers, pointers, strides, place, work, scale_log2 = shared
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, key_full, key_empty, _, value_empty = barriers
     output_ptr, counts_ptr, _ = pointers
@@ -191,7 +185,6 @@ def _compute(
     row_layout: gl.constexpr = gl.SliceLayout(1, logits_layout)
     line_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     store_layout: gl.constexpr = result_layout if DIRECT_STORE else line_layout
-
     mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MEANS, 16])
     mean_row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
 
@@ -234,10 +227,10 @@ def _compute(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
                     0, 0, unused_from, scale_log2, "listed", HAS_RANGES,
                 )  # fmt: skip
-            # What the last step's values hold from here on is not multiplied, even with weights of zero.
             unused_from = gl.where(listed_steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
             last_weights = weights
             if HAS_MEANS:
+                # One step at least, so that the shape of the last weights is known.
                 mean_max = gl.convert_layout(running_max, mean_row_layout)
                 mean_sum = gl.convert_layout(running_sum, mean_row_layout)
                 last_weights, result, mean_max, mean_sum = _step(
@@ -280,22 +273,6 @@ def _compute(
             gl.store(target, gl.convert_layout(result.to(dtype), store_layout), mask=is_query[:, None])
             weights, running_max, running_sum = next_weights, next_max, next_sum
             result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
-
-
-@gluon.jit
-def _compute_upper(
-    buffers, barriers, pointers, strides, place, work, scale_log2,
-    DIRECT: gl.constexpr, RANGES: gl.constexpr, MEANS: gl.constexpr,
-):  # fmt: skip
-    _compute(0, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES, MEANS)
-
-
-@gluon.jit
-def _compute_lower(
-    buffers, barriers, pointers, strides, place, work, scale_log2,
-    DIRECT: gl.constexpr, RANGES: gl.constexpr, MEANS: gl.constexpr,
-):  # fmt: skip
-    _compute(1, buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT, RANGES, MEANS)
 
 
 @gluon.jit
@@ -471,7 +448,7 @@ def _attend_hopper_kernel(
     means_unused_from = own * 0
     mean_set = own * 0
     if HAS_MEANS:
-        # The first query block reads means that weigh nothing, so that every head ends with a step of means.
+        # The first query block reads means that weigh nothing: every head ends with a step of means.
         mean_steps = gl.maximum(gl.cdiv(gl.cdiv(own, mean_blocks), MEANS), 1)
         mean_set = gl.where(own > 0, (own + mean_blocks - 1) % mean_blocks, 0)
         # The step's last means are of later blocks, if of any. Their weights are zero.
@@ -491,16 +468,11 @@ def _attend_hopper_kernel(
         mean_blocks,
     )
     descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc, mean_weights_desc)
+    shared = (buffers, barriers, pointers, strides, place, work, scale_log2)
     gl.warp_specialize(
         [
-            (
-                _compute_upper,
-                (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES, HAS_MEANS),
-            ),
-            (
-                _compute_lower,
-                (buffers, barriers, pointers, strides, place, work, scale_log2, DIRECT_STORE, HAS_RANGES, HAS_MEANS),
-            ),
+            (_compute, (0, shared, DIRECT_STORE, HAS_RANGES, HAS_MEANS)),
+            (_compute, (1, shared, DIRECT_STORE, HAS_RANGES, HAS_MEANS)),
             (_load, (buffers, barriers, descriptors, pointers, place, work, batch, start, first_head, GROUP, HAS_MEANS)),
         ],
         [4, 1],

@@ -103,13 +103,13 @@ def _probe(
     POOL: gl.constexpr,
     STRIDE: gl.constexpr,
 ):
-    """One warpgroup: a part of QUERY_BLOCKS query blocks of HEADS heads."""
+    """One warpgroup: the part of QUERY_BLOCKS query blocks of HEADS heads."""
     queries, pooled_tiles, barriers, pointers, strides, place, work, scale_log2 = shared
     full, empty = barriers
     query_ptr, positions_ptr, peaks_ptr, log_sums_ptr = pointers
     stride_h, stride_s = strides
     first_token, first_tile, tiles, key_end = place
-    whole, total, first_set, set_stride, peaks_stride = work
+    whole, total, first_part, head_sets, part_size = work
     HEAD_DIM: gl.constexpr = pooled_tiles.shape[2]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
     TILE_BLOCKS: gl.constexpr = _TILE // PER_BLOCK
@@ -145,8 +145,8 @@ def _probe(
         target_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, state_layout)))
         fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, state_layout)))
         slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, state_layout)))
-        own_set = first_set + warpgroup * set_stride
-        targets = peaks_ptr + own_set * peaks_stride
+        part = first_part + warpgroup * head_sets
+        targets = peaks_ptr + part * part_size
         targets += target_row[:, None, None] * TILE_BLOCKS + fours[None, :, None] * 4 + slot[None, None, :]
 
         # Two by two, so that products never move from register to register.
@@ -170,7 +170,7 @@ def _probe(
         is_voting = (position >= 0) & (normaliser != 0)
         log_sum = largest * scale_log2 + gl.log2(gl.where(is_voting, normaliser, 1.0))
         row = gl.arange(0, _ROWS, layout=row_layout)
-        gl.store(log_sums_ptr + own_set * _ROWS + row, gl.where(is_voting, log_sum, float("inf")))
+        gl.store(log_sums_ptr + part * _ROWS + row, gl.where(is_voting, log_sum, float("inf")))
 
 
 @gluon.jit
@@ -261,8 +261,8 @@ def _probe_hopper_kernel(
         log_sums_ptr,
     )
     place = (start - query_offset, first_tile, tiles, key_end)
-    first_set = (batch * parts + number * _WARPGROUPS) * head_sets + head_set
-    work = (whole, total, first_set, head_sets, score_tiles * (_ROWS * TILE_BLOCKS))
+    program_part = (batch * parts + number * _WARPGROUPS) * head_sets + head_set
+    work = (whole, total, program_part, head_sets, score_tiles * (_ROWS * TILE_BLOCKS))
     shared = (queries, pooled_tiles, barriers, pointers, (stride_qh, stride_qs), place, work, scale_log2)
     gl.warp_specialize(
         [
