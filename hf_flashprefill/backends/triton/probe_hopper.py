@@ -3,6 +3,10 @@
 One warp loads tiles of pooled keys with the bulk tensor copy engine; three warpgroups, 64 probing queries each, multiply the
 next tile on the tensor cores while they reduce the last one. Triton waits for every product where it issues it, and then two
 programs on a multiprocessor fall into step: both multiply, then both reduce.
+
+On an H200 with 32 query and 8 key-value heads, head_dim 128 and bfloat16 the selection takes 1.38 ms instead of 1.54 at 64K
+tokens, 4.97 instead of 5.92 at 128K and 19.4 instead of 21.5 at 256K. Without the exponentials it takes 4.17 at 128K, at about
+650 TFLOP/s: what remains is products.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ def select_shares(
     tile_blocks = TILE * pool_size // geometry.block_size
     scores = (heads // part.heads, triton.cdiv(width, tile_blocks), part.rows, tile_blocks)
     parts = triton.cdiv(query_blocks, part.query_blocks)
-    # Programs that fit on the multiprocessors at a time. A launch of one and a half times as many takes as long as one of
-    # twice: at 256K tokens on an H200 14.0 ms, where launches of nearly four times as many took 11.0.
+    # Parts that fit on the multiprocessors at a time. A launch of one and a half times as many takes as long as one of twice:
+    # at 256K tokens on an H200 the portable probe took 14.0 ms so, and 11.0 with nearly four times as many.
     at_once = max(1, tiles.resident * multiprocessors(query) // (batch * scores[0])) * tiles.parts
     step = PEAK_BYTES // (4 * batch * math.prod(scores))
     step = min(step // at_once * at_once or max(step, 1), parts)
