@@ -172,6 +172,8 @@ GPU_VARIANTS = (
     Variant(128, 4, torch.bfloat16, 128, "blend", 4, 8, False),
     Variant(128, 4, torch.bfloat16, 128, "blend", 4, 8, True),
     Variant(128, 6, torch.float16, 128, "blend", 8, 8, True),
+    Variant(128, 4, torch.bfloat16, 128, "share", 4, 8, False),
+    Variant(128, 4, torch.bfloat16, 128, "share", 4, 8, True),
     Variant(128, 7, torch.float16, 128, "peak", 4, 16, True),
     Variant(64, 1, torch.bfloat16, 128, "flashprefill", 8, 8, True),
     Variant(64, 2, torch.float16, 128, "share", 16, 4, True),

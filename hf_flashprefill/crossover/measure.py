@@ -187,7 +187,7 @@ def _clearings(run: Callable[[], object], cleared: torch.Tensor) -> int:
 def median_ms(
     run: Callable[[], object], device: torch.device, seconds: float, least: int = FEWEST_RUNS, queued: bool = False
 ) -> dict[str, float]:
-    """Median and quartiles of ``run`` in milliseconds, after one unmeasured run; by the GPU's clock where there is one.
+    """Median and quartiles of ``run`` in milliseconds, after an unmeasured run or two; by the GPU's clock where there is one.
 
     It runs for ``seconds`` and at least ``least`` times, two or more. ``queued``: the GPU is kept busy with clearing memory
     until all of ``run`` is in its queue, however long the host takes, as it is in a model, whose host runs ahead; what counts

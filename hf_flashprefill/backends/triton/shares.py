@@ -48,7 +48,7 @@ def _block_scores(
     IS_BLEND: tl.constexpr,
     LOG2_WEIGHT: tl.constexpr,
 ):
-    """log2 of the largest share that any of a list's queries gives each block.
+    """log2 of the largest share that any of a list's queries gives each of ``blocks``, float32 [blocks].
 
     With IS_BLEND, or of 2**LOG2_WEIGHT times the geometric mean of those that its ``voting`` queries give, if larger. What is
     NaN counts as the largest, so that attention shows it.
