@@ -6,6 +6,8 @@ A part of the queries, a few query blocks of heads that share their keys, is one
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,77 @@ from ...geometry import PrefillGeometry
 from .pool import TILE
 from .primitives import compute_capability, launch_context, row_span
 from .tuning import Part, ProbeTiles, probe_tiles
+
+
+class ProbeCall(NamedTuple):
+    """What is probed, with what, and where the results go.
+
+    Attributes:
+        query: [B, Hq, Sq, D] with dense channels.
+        positions: Of the queries that probe, from ``longest_queries``; None if ``query_stride`` is 1.
+        pooled: From ``pool_keys``.
+        geometry: Of the operator call.
+        peaks: Written: each query's largest logit of each block, times log2(e), float32 [B, parts, sets of heads, tiles of
+            pooled keys, rows, blocks of a tile].
+        log_sums: Written: log2 of each query's softmax normaliser, float32 [B, parts, sets of heads, rows]; infinite for a
+            row that is no query.
+        part: How probing queries are cut into matrices.
+        tiles: Of the kernel, from its module's ``tiles_for``.
+        first_query_block: Of the lists that are being made.
+        query_blocks: How many query blocks get lists.
+        pool_size: Tokens per pooled key.
+        query_stride: Tokens of which one query probes.
+        scale_log2: Multiplies products; logits are base 2.
+    """
+
+    query: torch.Tensor
+    positions: torch.Tensor | None
+    pooled: torch.Tensor
+    geometry: PrefillGeometry
+    peaks: torch.Tensor
+    log_sums: torch.Tensor
+    part: Part
+    tiles: ProbeTiles
+    first_query_block: int
+    query_blocks: int
+    pool_size: int
+    query_stride: int
+    scale_log2: float
+
+    def arguments(self, first_part: int) -> tuple:
+        """What both probes' kernels take after the tensors that they read, in their order."""
+        geometry = self.geometry
+        return (
+            geometry.valid_ranges,
+            self.peaks,
+            self.log_sums,
+            self.scale_log2,
+            geometry.kv_len,
+            geometry.query_len,
+            geometry.query_offset,
+            self.first_query_block,
+            self.query_blocks,
+            first_part,
+            self.peaks.shape[1],
+            self.pooled.shape[2],
+            self.peaks.shape[3],
+            *self.query.stride()[:3],
+        )
+
+    def constants(self) -> dict[str, Any]:
+        """What both probes' kernels are compiled for."""
+        return {
+            "GROUP": self.query.shape[1] // self.pooled.shape[1],
+            "HEADS": self.part.heads,
+            "QUERY_BLOCKS": self.part.query_blocks,
+            "HEAD_DIM": self.query.shape[3],
+            "BLOCK": self.geometry.block_size,
+            "POOL": self.pool_size,
+            "STRIDE": self.query_stride,
+            "HAS_RANGES": self.geometry.valid_ranges is not None,
+            "num_warps": self.tiles.num_warps,
+            "enable_fp_fusion": True,
+        }
 
 
 @triton.jit
@@ -170,72 +243,24 @@ def tiles_for(query: torch.Tensor) -> ProbeTiles:
     return probe_tiles(compute_capability(query), triton.next_power_of_2(query.shape[-1]), query.dtype)
 
 
-def probe_parts(
-    query: torch.Tensor,
-    positions: torch.Tensor | None,
-    pooled: torch.Tensor,
-    geometry: PrefillGeometry,
-    peaks: torch.Tensor,
-    log_sums: torch.Tensor,
-    part: Part,
-    tiles: ProbeTiles,
-    count: int,
-    first_part: int,
-    first_query_block: int,
-    query_blocks: int,
-    pool_size: int,
-    query_stride: int,
-    scale_log2: float,
-) -> None:
-    """Probe with ``count`` parts of the query blocks from ``first_part`` on.
-
-    Args:
-        query: [B, Hq, Sq, D] with dense channels.
-        positions: Of the queries that probe, from ``longest_queries``; None if ``query_stride`` is 1.
-        pooled: From ``pool_keys``.
-        peaks: Written: each query's largest logit of each block, times log2(e), float32 [B, parts, sets of heads, tiles of
-            pooled keys, rows, blocks of a tile].
-        log_sums: Written: log2 of each query's softmax normaliser, float32 [B, parts, sets of heads, rows]; infinite for a
-            row that is no query.
-        first_query_block: Of the lists that are being made, which are of ``query_blocks`` query blocks.
-    """
-    heads, head_dim = query.shape[1], query.shape[3]
+def probe_parts(call: ProbeCall, first_part: int, count: int) -> None:
+    """Probe with ``count`` parts of the call's query blocks from ``first_part`` on."""
+    pooled, head_dim = call.pooled, call.query.shape[3]
+    block_d = triton.next_power_of_2(head_dim)
     described = None
-    if tiles.copy_engine and head_dim == triton.next_power_of_2(head_dim):
+    if call.tiles.copy_engine and head_dim == block_d:
         described = TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim])
-    with launch_context(query):
-        _probe_kernel[heads // part.heads, count, query.shape[0]](
-            query,
-            positions,
+    with launch_context(call.query):
+        _probe_kernel[call.query.shape[1] // call.part.heads, count, call.query.shape[0]](
+            call.query,
+            call.positions,
             pooled,
             described,
-            geometry.valid_ranges,
-            peaks,
-            log_sums,
-            scale_log2,
-            geometry.kv_len,
-            geometry.query_len,
-            geometry.query_offset,
-            first_query_block,
-            query_blocks,
-            first_part,
-            peaks.shape[1],
-            pooled.shape[2],
-            peaks.shape[3],
-            *query.stride()[:3],
-            GROUP=heads // pooled.shape[1],
-            HEADS=part.heads,
-            QUERY_BLOCKS=part.query_blocks,
-            ROWS=part.rows,
-            HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK=geometry.block_size,
-            POOL=pool_size,
-            STRIDE=query_stride,
+            *call.arguments(first_part),
+            **call.constants(),
+            ROWS=call.part.rows,
+            BLOCK_D=block_d,
             TILE=TILE,
-            HAS_RANGES=geometry.valid_ranges is not None,
             HAS_DESCRIPTORS=described is not None,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            enable_fp_fusion=True,
+            num_stages=call.tiles.num_stages,
         )

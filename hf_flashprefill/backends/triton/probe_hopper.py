@@ -22,11 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...geometry import PrefillGeometry
 from .hopper_primitives import copy_to_shared, make_barriers, row_span, shared_layout
 from .pool import TILE
 from .primitives import launch_context
-from .tuning import Part, ProbeTiles
+from .probe import ProbeCall
+from .tuning import ProbeTiles
 
 # Probing queries of a warpgroup.
 _ROWS = gl.constexpr(64)
@@ -291,54 +291,16 @@ def tiles_for(query: torch.Tensor) -> ProbeTiles:
     return ProbeTiles(_ROWS.value, parts=_WARPGROUPS.value, resident=1, num_warps=4, num_stages=4)
 
 
-def probe_parts(
-    query: torch.Tensor,
-    positions: torch.Tensor,
-    pooled: torch.Tensor,
-    geometry: PrefillGeometry,
-    peaks: torch.Tensor,
-    log_sums: torch.Tensor,
-    part: Part,
-    tiles: ProbeTiles,
-    count: int,
-    first_part: int,
-    first_query_block: int,
-    query_blocks: int,
-    pool_size: int,
-    query_stride: int,
-    scale_log2: float,
-) -> None:
+def probe_parts(call: ProbeCall, first_part: int, count: int) -> None:
     """``probe.probe_parts`` for what ``fits``; the parts that ``peaks`` has room for are a multiple of those of a program."""
-    heads, head_dim = query.shape[1], query.shape[3]
-    layout = shared_layout((TILE, head_dim), query.dtype)
-    with launch_context(query):
-        _probe_hopper_kernel[heads // part.heads, -(-count // tiles.parts), query.shape[0]](
-            query,
-            positions,
-            TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim], layout),
-            geometry.valid_ranges,
-            peaks,
-            log_sums,
-            scale_log2,
-            geometry.kv_len,
-            geometry.query_len,
-            geometry.query_offset,
-            first_query_block,
-            query_blocks,
-            first_part,
-            peaks.shape[1],
-            pooled.shape[2],
-            peaks.shape[3],
-            *query.stride()[:3],
-            GROUP=heads // pooled.shape[1],
-            HEADS=part.heads,
-            QUERY_BLOCKS=part.query_blocks,
-            HEAD_DIM=head_dim,
-            BLOCK=geometry.block_size,
-            POOL=pool_size,
-            STRIDE=query_stride,
-            STAGES=tiles.num_stages,
-            HAS_RANGES=geometry.valid_ranges is not None,
-            num_warps=tiles.num_warps,
-            enable_fp_fusion=True,
+    block = (TILE, call.query.shape[3])
+    layout = shared_layout(block, call.query.dtype)
+    with launch_context(call.query):
+        _probe_hopper_kernel[call.query.shape[1] // call.part.heads, -(-count // call.tiles.parts), call.query.shape[0]](
+            call.query,
+            call.positions,
+            TensorDescriptor.from_tensor(call.pooled.view(-1, block[1]), list(block), layout),
+            *call.arguments(first_part),
+            **call.constants(),
+            STAGES=call.tiles.num_stages,
         )

@@ -213,12 +213,12 @@ def select_shares(
     positions = None
     if query_stride > 1:
         positions = longest_queries(query, geometry, query_stride, first_query_block, query_blocks)
-    scale_log2 = scale * math.log2(math.e)
+    call = probe.ProbeCall(
+        query, positions, pooled, geometry, peaks, log_sums, part, tiles, first_query_block, query_blocks, pool_size,
+        query_stride, scale * math.log2(math.e),
+    )  # fmt: skip
     for first_part in range(0, parts, step):
-        probing.probe_parts(
-            query, positions, pooled, geometry, peaks, log_sums, part, tiles, min(step, parts - first_part), first_part,
-            first_query_block, query_blocks, pool_size, query_stride, scale_log2,
-        )  # fmt: skip
+        probing.probe_parts(call, first_part, min(step, parts - first_part))
         first_tile = first_part * part.query_blocks
         with launch_context(query):
             _list_shares_kernel[heads, min(step * part.query_blocks, query_blocks - first_tile), batch](
