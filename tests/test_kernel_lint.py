@@ -38,10 +38,10 @@ def test_kernels_compile_clean(capability):
     expected |= {"attend_hopper", "attend_hopper means", "probe_hopper"} if capability == 90 else set()
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
     for verdict in verdicts:
-        # With means, 4 to 56 bytes wait in memory from one head's end to the next one's begin; no loop knows of them, nor of
-        # the 12 to 24 that Triton 3.6 lays aside before the portable kernel's loop.
-        elsewhere = 24 if version("triton").startswith("3.6.") else 0
-        assert verdict["spilled"] <= (64 if verdict["kernel"] == "attend_hopper means" else elsewhere), verdict
+        # Triton 3.6 lays 12 to 24 bytes aside before the portable kernel's loop; no loop knows of them.
+        is_portable = verdict["kernel"] in ("attend", "attend window sinks", "attend means")
+        allowed = 24 if is_portable and version("triton").startswith("3.6.") else 0
+        assert verdict["spilled"] <= allowed, verdict
         assert verdict["spilled_in_loops"] == 0, verdict
         assert verdict["warnings"] == [], verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
