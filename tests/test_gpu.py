@@ -26,14 +26,15 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_err_no_more_than_eager(shape, dtype):
+def test_attention_errs_no_more_than_eager(shape, dtype, backend):
     case = Case(**{**vars(shape), "dtype": dtype})
     query, key, value, ranges = case.tensors(torch.device("cuda"))
     scale = case.head_dim**-0.5
     dropping = {"alpha": 0.5, "sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0, "correction": False}
-    config = FlashPrefillConfig(backend="triton", **dropping)
+    config = FlashPrefillConfig(backend=backend, **dropping)
     output, index = flash_prefill_attention(
         query, key, value, config=config, query_offset=case.query_offset, valid_ranges=ranges, return_index=True
     )
@@ -47,14 +48,15 @@ def test_kernels_err_no_more_than_eager(shape, dtype):
         assert_no_worse_than_eager(output, eager, exact)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("terms", ["window", "sinks", "means"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_further_terms_err_no_more_than_eager(shape, terms, dtype):
+def test_further_terms_err_no_more_than_eager(shape, terms, dtype, backend):
     case = Case(**{**vars(shape), "dtype": dtype})
     query, key, value, ranges = case.tensors(torch.device("cuda"))
     dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
-    config = FlashPrefillConfig(alpha=0.5, correction=terms == "means", mean_blocks=2, backend="triton", **dropping)
+    config = FlashPrefillConfig(alpha=0.5, correction=terms == "means", mean_blocks=2, backend=backend, **dropping)
     asked = {"sliding_window": 200} if terms == "window" else {}
     asked |= {"sinks": torch.linspace(-3, 6, case.heads, device="cuda")} if terms == "sinks" else {}
     placing = {"query_offset": case.query_offset, "valid_ranges": ranges}

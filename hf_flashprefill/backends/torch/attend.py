@@ -14,6 +14,9 @@ from .select import blocked_keys, blocked_queries
 # Gathered keys and values per SDPA call, in numbers: 16 MiB of float32. On two CPU cores (8 query heads, 2 key-value heads,
 # head dim 64) this was the fastest power of two at 4K, 8K and 16K tokens; a quarter and four times are 15 to 30 % slower.
 GATHERED_AT_ONCE = 1 << 22
+# What a column that stands for nothing adds to a float32 logit. A GPU multiplies float32 as sums of TF32 parts, and what
+# minus infinity leaves behind its first part is NaN. Half precision is multiplied as it is.
+NOTHING = -1e30
 
 
 def attend_blocks(
@@ -86,7 +89,8 @@ def attend_blocks(
             for column_keys, column_values, source, column_added in extra:
                 added = column_added[part][:, None, :, None]
                 # A weight of zero would not undo a later block's NaN.
-                is_used = added > -math.inf
+                is_used = added > NOTHING
+                added = added.clamp(min=NOTHING) if added.dtype == torch.float32 else added
                 columns = F.pad(torch.cat([column_keys[source[part]].where(is_used, 0), added], 3), (0, channels - 1))
                 keys = torch.cat([keys, columns], 2)
                 values = torch.cat([values, F.pad(column_values[source[part]].where(is_used, 0), (0, channels))], 2)
