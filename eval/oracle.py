@@ -115,12 +115,12 @@ class _OracleBackend:
         pooled.pooled_keys = key
         return pooled
 
-    def pool_keys_and_blocks(
-        self, key: torch.Tensor, geometry: PrefillGeometry, pool_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled, blocks = self._backend.pool_keys_and_blocks(key, geometry, pool_size)
+    def pool_keys_and_values(
+        self, key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, pool_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pooled, *blocks = self._backend.pool_keys_and_values(key, value, geometry, pool_size)
         pooled.pooled_keys = key
-        return pooled, blocks
+        return pooled, *blocks
 
     def select_blocks(
         self, query, pooled, geometry, *, scale, first_query_block, query_blocks, alpha, sink_blocks, window_blocks,

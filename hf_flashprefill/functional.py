@@ -122,11 +122,11 @@ def pool_inputs(
     pool_size, selecting = selection_rule(config)["pool_size"], selecting_backend(config.selector, backend)
     if not config.resolved().correction:
         return selecting.pool_keys(key, geometry, pool_size), None
-    if selecting is backend:
-        pooled, key_means = backend.pool_keys_and_blocks(key, geometry, pool_size)
-    else:
-        pooled, key_means = selecting.pool_keys(key, geometry, pool_size), backend.pool_keys(key, geometry, config.block_size)
-    return pooled, backend.run_means(key_means, backend.pool_keys(value, geometry, config.block_size), config.mean_blocks)
+    own_size = pool_size if selecting is backend else config.block_size
+    pooled, key_blocks, value_blocks = backend.pool_keys_and_values(key, value, geometry, own_size)
+    if selecting is not backend:
+        pooled = selecting.pool_keys(key, geometry, pool_size)
+    return pooled, backend.run_means(key_blocks, value_blocks, config.mean_blocks)
 
 
 def select_in_rounds(

@@ -100,7 +100,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
 
     tiles = tuning.probe_tiles(generation, head_dim, dtype)
     described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [TILE, head_dim]) if tiles.copy_engine else None
-    probed = (None, scores, scores, 0.1, *lengths, 4, 0, 4, 256, 4)
+    probed = (None, scores, scores, 0.1, *lengths, 4, 0, 2, 4, 256, 4)
     probing = {
         "GROUP": group,
         "HEADS": group,
@@ -122,7 +122,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         yield (
             name,
             shares._list_shares_kernel.warmup(
-                scores, scores, None, number, counts, -1.0, *lengths, 4, 0, 4, 4, 4, 2, 4, 2, HEADS=group, QUERY_BLOCKS=1,
+                scores, scores, None, number, counts, -1.0, *lengths, 4, 0, 4, 4, 4, 4, 2, 4, 2, HEADS=group, QUERY_BLOCKS=1,
                 ROWS=tiles.rows, BLOCK=BLOCK, SLOTS=16, TILE_BLOCKS=4, BLOCK_LIST=shares.BLOCK_LIST, IS_RELATIVE=False,
                 IS_BLEND=is_blend, LOG2_WEIGHT=4.0, HAS_RANGES=False, num_warps=1, enable_fp_fusion=True, grid=(1,),
             ),
@@ -131,18 +131,19 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "longest_queries",
         longest._longest_queries_kernel.warmup(
-            query, None, counts, *lengths, *strides, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK, STRIDE=8,
-            HAS_RANGES=False, num_warps=4, grid=(1,),
+            query, None, counts, *lengths, *strides, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK,
+            TOKENS=longest.TOKENS, STRIDE=8, HAS_RANGES=False, num_warps=head_dim // 16, grid=(1,),
         ),
     )  # fmt: skip
 
-    for name, run, has_pools in (("pools and blocks", 4, True), ("blocks", pool.RUN, False)):
+    for name, run, has_all in (("pools and blocks", 4, True), ("blocks", pool.RUN, False)):
         yield (
             name,
-            pool._pool_keys_kernel.warmup(
-                key, None, key if has_pools else None, key, TOKENS, TOKENS, *key.stride()[:3], HEAD_DIM=head_dim,
-                BLOCK_D=head_dim, BLOCK=BLOCK, POOL=run, TILE=TILE, HAS_RANGES=False, HAS_POOLS=has_pools, HAS_BLOCKS=True,
-                num_warps=4, grid=(1,),
+            pool._pool_kernel.warmup(
+                key, key if has_all else None, None, key if has_all else None, key, key if has_all else None, TOKENS, TOKENS,
+                *key.stride()[:3], *key.stride()[:3], HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK, POOL=run, TILE=TILE,
+                HAS_RANGES=False, HAS_POOLS=has_all, HAS_BLOCKS=True, HAS_VALUES=has_all,
+                num_warps=tuning.pool_warps(BLOCK // run, head_dim), grid=(1,),
             ),
         )  # fmt: skip
 

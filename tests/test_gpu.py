@@ -159,14 +159,14 @@ def test_an_audit_never_waits_for_the_device_and_its_numbers_arrive():
 def test_a_new_length_compiles_nothing():
     from hf_flashprefill.backends.triton.attend_hopper import _attend_hopper_kernel
     from hf_flashprefill.backends.triton.energies import _select_energies_kernel
-    from hf_flashprefill.backends.triton.pool import _pool_keys_kernel
+    from hf_flashprefill.backends.triton.pool import _pool_kernel
     from hf_flashprefill.backends.triton.probe_hopper import _probe_hopper_kernel
     from hf_flashprefill.backends.triton.shares import _list_shares_kernel
 
     kernels = (
         _attend_hopper_kernel,
         _list_shares_kernel,
-        _pool_keys_kernel,
+        _pool_kernel,
         _probe_hopper_kernel,
         _select_energies_kernel,
     )
@@ -249,8 +249,8 @@ def test_a_bad_value_of_a_later_block_reaches_no_mean_before_it(bad, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("selector", ["blend", "share", "peak"])
-def test_both_probes_find_the_same_blocks(shape, settings, selector, monkeypatch):
+@pytest.mark.parametrize(("selector", "spans"), [("blend", 1), ("blend", 3), ("share", 8), ("peak", 2)])
+def test_both_probes_find_the_same_blocks(shape, settings, selector, spans, monkeypatch):
     """The portable one is compared with the reference everywhere; only sums in another order may part them."""
     from hf_flashprefill.backends.triton import shares
 
@@ -271,10 +271,12 @@ def test_both_probes_find_the_same_blocks(shape, settings, selector, monkeypatch
         return index.to_mask()
 
     monkeypatch.setattr(shares.probe_hopper, "probe_parts", counted)
+    monkeypatch.setattr(shares, "probe_spans", lambda *_: spans)
     found = lists()
     assert calls, "the Hopper kernel did not run"
     calls.clear()
     monkeypatch.setattr(shares, "probe_hopper", None)
+    monkeypatch.setattr(shares, "probe_spans", lambda *_: 1)
     expected = lists()
     assert not calls
     assert (found != expected).sum() <= 2e-4 * expected.numel()

@@ -8,6 +8,7 @@ import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, reference
 from hf_flashprefill.backends.torch import select as torch_select
+from hf_flashprefill.backends.triton import shares
 from hf_flashprefill.backends.triton.longest import longest_queries
 from hf_flashprefill.functional import selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
@@ -93,6 +94,31 @@ def test_backends_select_what_the_reference_selects(backend, probe, case, device
         ).index
         index[name].validate()
     assert torch.equal(index[backend].to_mask(), index["reference"].to_mask())
+
+
+@pytest.mark.parametrize("spans", [1, 2, 5])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 4, 2, 200, 900, 64),
+        Case(2, 4, 4, 300, 900, 64, ranges=((100, 900), (0, 700))),
+        Case(3, 2, 1, 200, 800, 64, ranges=((790, 800), (0, 680), (7, 7))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("selector", ["blend", "peak"])
+def test_a_probe_in_spans_of_the_keys_selects_the_same(selector, case, spans, device, monkeypatch):
+    query, key, value, ranges = case.tensors(device)
+    index, asked = {}, []
+    monkeypatch.setattr(shares, "probe_spans", lambda *_: asked.append(1) or spans)
+    for name in ("reference", "triton"):
+        probe = {"selector": selector, "alpha": 0.4 if selector == "peak" else 0.12, "block_size": 64, "pool_size": 8}
+        config = FlashPrefillConfig(backend=name, **probe, **RULE)
+        placing = {"query_offset": case.offset, "valid_ranges": ranges}
+        index[name] = flash_prefill_attention(query, key, value, config=config, return_index=True, **placing).index
+    assert asked
+    assert 0.1 < index["reference"].density() < 0.95
+    assert torch.equal(index["triton"].to_mask(), index["reference"].to_mask())
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])

@@ -1,13 +1,38 @@
 import pytest
 
-from hf_flashprefill.backends.triton.tuning import heads_per_program
+from hf_flashprefill.backends.triton.tuning import heads_per_program, probe_spans
 
 
 @pytest.mark.parametrize(
     ("heads", "query_blocks", "expected"),
-    # 132 multiprocessors want 1056 programs.
-    [(32, 512, 4), (32, 132, 4), (32, 131, 2), (32, 66, 2), (32, 65, 1), (6, 1000, 2), (7, 1000, 1), (1, 1, 1)],
+    # 132 multiprocessors want 924 programs.
+    [(32, 512, 4), (32, 116, 4), (32, 115, 2), (32, 58, 2), (32, 57, 1), (6, 1000, 2), (7, 1000, 1), (1, 1, 1)],
 )
 def test_programs_take_several_heads_where_enough_programs_remain(heads, query_blocks, expected):
-    assert heads_per_program(heads, query_blocks, processors=132) == expected
+    assert heads_per_program(heads, query_blocks, processors=132, is_even=False) == expected
     assert heads % expected == 0
+
+
+@pytest.mark.parametrize(
+    ("heads", "query_blocks", "expected"),
+    # Turns of 132 programs: 512 programs of four heads are four, 544 of four would be five where 2176 of one are 17.
+    [(32, 64, 4), (32, 68, 1), (32, 16, 4), (32, 1, 1), (7, 1000, 1), (6, 64, 1), (32, 512, 4)],
+)
+def test_programs_of_equal_length_take_as_many_heads_as_fill_their_last_turn(heads, query_blocks, expected):
+    assert heads_per_program(heads, query_blocks, processors=132, is_even=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "is_even", "expected"),
+    [
+        (176, 256, True, 3),
+        (176, 256, False, 1),
+        (264, 256, True, 1),
+        (48, 256, True, 8),
+        (132, 256, True, 1),
+        (131, 1, True, 1),
+        (1, 1000, True, 8),
+    ],
+)
+def test_few_programs_of_equal_length_are_cut_along_the_keys(programs, tiles, is_even, expected):
+    assert probe_spans(programs, at_once=132, tiles=tiles, is_even=is_even) == expected

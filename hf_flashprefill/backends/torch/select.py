@@ -70,9 +70,14 @@ def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> t
     return pooled.masked_fill_(~pooled.isfinite(), math.nan)
 
 
-def pool_keys_and_blocks(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``pool_keys`` with ``pool_size`` and with whole blocks."""
-    return pool_keys(key, geometry, pool_size), pool_keys(key, geometry, geometry.block_size)
+def pool_keys_and_values(
+    key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, pool_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``pool_keys`` with ``pool_size``, and the means of whole blocks of keys and of values."""
+    block_size = geometry.block_size
+    pooled = pool_keys(key, geometry, pool_size)
+    key_blocks = pooled if pool_size == block_size else pool_keys(key, geometry, block_size)
+    return pooled, key_blocks, pool_keys(value, geometry, block_size)
 
 
 def select_blocks(

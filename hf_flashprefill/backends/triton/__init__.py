@@ -15,7 +15,7 @@ from ...geometry import PrefillGeometry
 from . import attend
 from .energies import select_energies
 from .means import RunMeans, run_means
-from .pool import _pool_keys_kernel, pool_keys, pool_keys_and_blocks
+from .pool import _pool_kernel, pool_keys, pool_keys_and_values
 from .primitives import compute_capability
 from .shares import select_shares
 
@@ -25,14 +25,14 @@ except ImportError:
     # Gluon is experimental in Triton and may move; the portable kernel computes the same.
     attend_hopper = None
 
-__all__ = ["attend_blocks", "obstacle", "pool_keys", "pool_keys_and_blocks", "run_means", "select_blocks"]
+__all__ = ["attend_blocks", "obstacle", "pool_keys", "pool_keys_and_values", "run_means", "select_blocks"]
 
 MAX_HEAD_DIM = 256
 
 
 def obstacle(query: torch.Tensor) -> str | None:
     """Why the kernels cannot take tensors like ``query``, or None."""
-    interpreted = isinstance(_pool_keys_kernel, InterpretedFunction)
+    interpreted = isinstance(_pool_kernel, InterpretedFunction)
     if query.device.type != "cuda" and not interpreted:
         return f"tensors must be on a CUDA device, got {query.device}"
     if torch.version.hip is not None:

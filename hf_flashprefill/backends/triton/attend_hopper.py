@@ -517,7 +517,8 @@ def attend_blocks(
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
-    head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query))
+    is_even = geometry.is_even(index.first_query_block, index.query_blocks)
+    head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query), is_even)
     mean_blocks = 1 if means is None else means.key.shape[2]
     of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks))
     with launch_context(query):

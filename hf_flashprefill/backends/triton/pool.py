@@ -1,4 +1,5 @@
-"""Pooled keys: the means of runs of keys and of whole blocks, in one pass over the keys that is bound by memory bandwidth.
+"""Pooled keys: the means of runs of keys and of whole blocks, in one pass over the keys that is bound by memory bandwidth;
+those of blocks of values, where they are wanted, in the same launch.
 
 The probe of ``shares.py`` takes the largest of a block's logits, and it is cheapest where one thread holds them all. The
 accumulator of a 128-column product gives thread t of four the columns 8j + 2t and 8j + 2t + 1, so pooled keys are laid
@@ -7,17 +8,30 @@ out in tiles of 128 such that these columns belong to as few blocks as possible;
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ...geometry import PrefillGeometry
 from .primitives import launch_context, row_span
+from .tuning import pool_warps
 
 # Pooled keys per tile: the columns of one product of the probe.
 TILE = 128
 # Tokens that a thread adds up one after the other where only whole blocks are asked for.
-RUN = 8
+RUN = 4
+# Tokens whose loads do not wait for one another.
+AT_ONCE = tl.constexpr(4)
+
+
+class Pools(NamedTuple):
+    """Pooled keys of ``pool_keys`` and the means of whole blocks of keys and of values [B, Hkv, N, D]."""
+
+    keys: torch.Tensor
+    key_blocks: torch.Tensor
+    value_blocks: torch.Tensor
 
 
 @triton.jit
@@ -33,16 +47,21 @@ def _finite_or_nan(means):
 
 
 @triton.jit(do_not_specialize=["kv_len", "rows"])
-def _pool_keys_kernel(
+def _pool_kernel(
     key_ptr,
+    value_ptr,
     ranges_ptr,
     pooled_ptr,
-    blocks_ptr,
+    key_blocks_ptr,
+    value_blocks_ptr,
     kv_len,
     rows,
     stride_kb: tl.int64,
     stride_kh: tl.int64,
     stride_ks: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vs: tl.int64,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -51,36 +70,50 @@ def _pool_keys_kernel(
     HAS_RANGES: tl.constexpr,
     HAS_POOLS: tl.constexpr,
     HAS_BLOCKS: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
 ):
-    """One program: the means of one key block of one head, by POOL tokens, in whole, or both. After the row's end they are
-    zeros."""
+    """One program: the means of one block of one head, of keys by POOL tokens, in whole, or both, of values in whole. After the
+    row's end they are zeros."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     PER_BLOCK: tl.constexpr = BLOCK // POOL
+    source_ptr = key_ptr
+    blocks_ptr = key_blocks_ptr
+    stride_b, stride_h, stride_s = stride_kb, stride_kh, stride_ks
+    is_value = False
+    if HAS_VALUES:
+        is_value = batch % 2 == 1
+        batch = batch // 2
+        if is_value:
+            source_ptr = value_ptr
+            blocks_ptr = value_blocks_ptr
+            stride_b, stride_h, stride_s = stride_vb, stride_vh, stride_vs
     start, _, _, key_end = row_span(ranges_ptr, batch, 0, 0, kv_len, HAS_RANGES)
     channels = tl.arange(0, BLOCK_D)
     in_head = channels < HEAD_DIM
     within = tl.arange(0, PER_BLOCK)
     first_position = block * BLOCK + within * POOL
-    key_ptr += batch * stride_kb + head * stride_kh
+    source_ptr += batch * stride_b + head * stride_h
     total = tl.zeros((PER_BLOCK, BLOCK_D), tl.float32)
-    # One key of every pool at a time: sums within a thread, where a reduced axis would go through shared memory.
-    for i in range(POOL):
-        positions = first_position + i
-        total += tl.load(
-            key_ptr + (start + positions).to(tl.int64)[:, None] * stride_ks + channels[None, :],
-            mask=(positions < key_end)[:, None] & in_head[None, :],
-            other=0.0,
-        ).to(tl.float32)
+    # One token of every pool at a time: sums within a thread, where a reduced axis would go through shared memory.
+    for first in range(0, POOL, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            positions = first_position + first + i
+            total += tl.load(
+                source_ptr + (start + positions).to(tl.int64)[:, None] * stride_s + channels[None, :],
+                mask=(positions < key_end)[:, None] & in_head[None, :],
+                other=0.0,
+            ).to(tl.float32)
     head_row = (batch * tl.num_programs(1) + head).to(tl.int64)
     if HAS_POOLS:
         count = tl.minimum(tl.maximum(key_end - first_position, 1), POOL)
         BLOCKS_PER_TILE: tl.constexpr = TILE // PER_BLOCK
         row = block // BLOCKS_PER_TILE * TILE + tile_column(block % BLOCKS_PER_TILE, within, PER_BLOCK)
-        tl.store(
-            pooled_ptr + (head_row * rows + row)[:, None] * HEAD_DIM + channels[None, :],
-            _finite_or_nan(total / count[:, None]).to(pooled_ptr.dtype.element_ty),
-            mask=in_head[None, :],
-        )
+        if is_value == 0:
+            tl.store(
+                pooled_ptr + (head_row * rows + row)[:, None] * HEAD_DIM + channels[None, :],
+                _finite_or_nan(total / count[:, None]).to(pooled_ptr.dtype.element_ty),
+                mask=in_head[None, :],
+            )
     if HAS_BLOCKS:
         mean = tl.sum(total, 0) / tl.minimum(tl.maximum(key_end - block * BLOCK, 1), BLOCK)
         block_row = head_row * tl.num_programs(0) + block
@@ -97,56 +130,64 @@ def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> t
     With ``pool_size`` of a whole block P is N, in order. Otherwise P fills whole tiles, in the order of ``tile_column``; what
     belongs to no block is not written.
     """
-    if pool_size == geometry.block_size:
-        blocks = _block_means_like(key, geometry)
-        _pool(key, geometry, RUN, None, blocks)
-        return blocks
-    pooled = _pools_like(key, geometry, pool_size)
-    _pool(key, geometry, pool_size, pooled, None)
-    return pooled
+    pooled, blocks = _pools_and_blocks(key, geometry, pool_size, with_blocks=False)
+    _pool(key, None, geometry, pool_size, pooled, blocks, None)
+    return blocks if pooled is None else pooled
 
 
-def pool_keys_and_blocks(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``pool_keys`` with ``pool_size`` and with whole blocks; the keys are read once."""
-    if pool_size == geometry.block_size:
-        blocks = pool_keys(key, geometry, pool_size)
-        return blocks, blocks
-    pooled, blocks = _pools_like(key, geometry, pool_size), _block_means_like(key, geometry)
-    _pool(key, geometry, pool_size, pooled, blocks)
+def pool_keys_and_values(key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> Pools:
+    """``pool_keys`` with ``pool_size``, and the means of whole blocks of keys and of values; both are read once."""
+    pooled, key_blocks = _pools_and_blocks(key, geometry, pool_size, with_blocks=True)
+    value_blocks = torch.empty_like(key_blocks)
+    _pool(key, value, geometry, pool_size, pooled, key_blocks, value_blocks)
+    return Pools(key_blocks if pooled is None else pooled, key_blocks, value_blocks)
+
+
+def _pools_and_blocks(
+    key: torch.Tensor, geometry: PrefillGeometry, pool_size: int, with_blocks: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for pooled keys, unless they are whole blocks, and for the means of blocks."""
+    per_block, (batch, heads, _, head_dim) = geometry.block_size // pool_size, key.shape
+    rows = -(-geometry.key_blocks * per_block // TILE) * TILE
+    pooled = key.new_empty(batch, heads, rows, head_dim) if per_block > 1 else None
+    blocks = key.new_empty(batch, heads, geometry.key_blocks, head_dim) if with_blocks or pooled is None else None
     return pooled, blocks
 
 
-def _block_means_like(key: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
-    return key.new_empty(*key.shape[:2], geometry.key_blocks, key.shape[3])
-
-
-def _pools_like(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
-    rows = -(-geometry.key_blocks * (geometry.block_size // pool_size) // TILE) * TILE
-    return key.new_empty(*key.shape[:2], rows, key.shape[3])
-
-
 def _pool(
-    key: torch.Tensor, geometry: PrefillGeometry, run: int, pooled: torch.Tensor | None, blocks: torch.Tensor | None
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    geometry: PrefillGeometry,
+    pool_size: int,
+    pooled: torch.Tensor | None,
+    key_blocks: torch.Tensor | None,
+    value_blocks: torch.Tensor | None,
 ) -> None:
-    """Write the means of ``run`` keys each, of whole blocks, or both."""
+    """Write the means of ``pool_size`` keys each, of whole blocks of keys, and of blocks of values, as far as there is room."""
     key = key if key.stride(-1) == 1 else key.contiguous()
+    value = value if value is None or value.stride(-1) == 1 else value.contiguous()
     batch, heads, kv_len, head_dim = key.shape
+    block_d, run = triton.next_power_of_2(head_dim), RUN if pooled is None else pool_size
     with launch_context(key):
-        _pool_keys_kernel[geometry.key_blocks, heads, batch](
+        _pool_kernel[geometry.key_blocks, heads, batch * (1 if value is None else 2)](
             key,
+            value,
             geometry.valid_ranges,
             pooled,
-            blocks,
+            key_blocks,
+            value_blocks,
             kv_len,
             0 if pooled is None else pooled.shape[2],
             *key.stride()[:3],
+            *(key if value is None else value).stride()[:3],
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=block_d,
             BLOCK=geometry.block_size,
             POOL=run,
             TILE=TILE,
             HAS_RANGES=geometry.valid_ranges is not None,
             HAS_POOLS=pooled is not None,
-            HAS_BLOCKS=blocks is not None,
-            num_warps=4,
+            HAS_BLOCKS=key_blocks is not None,
+            HAS_VALUES=value is not None,
+            num_warps=pool_warps(geometry.block_size // run, block_d),
         )

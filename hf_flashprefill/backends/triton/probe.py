@@ -29,8 +29,9 @@ class ProbeCall(NamedTuple):
         geometry: Of the operator call.
         peaks: Written: each query's largest logit of each block, times log2(e), float32 [B, parts, sets of heads, tiles of
             pooled keys, rows, blocks of a tile].
-        log_sums: Written: log2 of each query's softmax normaliser, float32 [B, parts, sets of heads, rows]; infinite for a
-            row that is no query.
+        log_sums: Written: log2 of each query's softmax normaliser over each span of the keys, float32 [B, parts, sets of heads,
+            spans, rows] without gaps; for a row without queries or keys infinite, or minus infinity where there are spans to
+            add up.
         part: How probing queries are cut into matrices.
         tiles: Of the kernel, from its module's ``tiles_for``.
         first_query_block: Of the lists that are being made.
@@ -54,7 +55,11 @@ class ProbeCall(NamedTuple):
     query_stride: int
     scale_log2: float
 
-    def arguments(self, first_part: int) -> tuple:
+    def grid(self, count: int, spans: int) -> tuple[int, int, int]:
+        """Sets of heads, programs for ``count`` parts and ``spans`` each, batch."""
+        return self.query.shape[1] // self.part.heads, -(-count // self.tiles.parts) * spans, self.query.shape[0]
+
+    def arguments(self, first_part: int, spans: int) -> tuple:
         """What both probes' kernels take after the tensors that they read, in their order."""
         geometry = self.geometry
         return (
@@ -68,6 +73,7 @@ class ProbeCall(NamedTuple):
             self.first_query_block,
             self.query_blocks,
             first_part,
+            spans,
             self.peaks.shape[1],
             self.pooled.shape[2],
             self.peaks.shape[3],
@@ -113,6 +119,7 @@ def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.co
         "first_query_block",
         "tiles",
         "first_part",
+        "spans",
         "parts",
         "pooled_rows",
         "score_tiles",
@@ -133,6 +140,7 @@ def _probe_kernel(
     first_query_block,
     tiles,
     first_part,
+    spans,
     parts,
     pooled_rows,
     score_tiles,
@@ -152,13 +160,14 @@ def _probe_kernel(
     HAS_RANGES: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
 ):
-    """One program: the part of QUERY_BLOCKS query blocks of HEADS heads."""
+    """One program: the part of QUERY_BLOCKS query blocks of HEADS heads, against one of ``spans`` equal spans of its keys."""
     SLOTS: tl.constexpr = BLOCK // STRIDE
     PER_BLOCK: tl.constexpr = BLOCK // POOL
     TILE_BLOCKS: tl.constexpr = TILE // PER_BLOCK
     head_set, batch = tl.program_id(0), tl.program_id(2)
     # The longest first, or the last to start would run alone.
     number = tl.num_programs(1) - 1 - tl.program_id(1)
+    number, span = number // spans, number % spans
     heads = tl.num_programs(0) * HEADS
     first_head, first_tile = head_set * HEADS, (first_part + number) * QUERY_BLOCKS
     key_head = first_head // GROUP
@@ -166,7 +175,7 @@ def _probe_kernel(
     first_own = query_begin // BLOCK + first_query_block + first_tile
     part = (batch * parts + number) * tl.num_programs(0) + head_set
     peaks_ptr += part.to(tl.int64) * score_tiles * (ROWS * TILE_BLOCKS)
-    log_sums_ptr += part * ROWS
+    log_sums_ptr += (part * spans + span) * ROWS
 
     row = tl.arange(0, ROWS)
     tile = row // (SLOTS * HEADS)
@@ -196,9 +205,12 @@ def _probe_kernel(
     running_sum = tl.zeros((ROWS, TILE_BLOCKS // 4, 4), tl.float32)
     last_own = first_own + tl.minimum(QUERY_BLOCKS, tiles - first_tile) - 1
     last_own = tl.minimum(last_own, tl.cdiv(query_end, BLOCK) - 1)
-
     # Tiles before the first query block are seen whole by every query. A program behind the row's last query has none.
-    for number in range(tl.where(last_own >= first_own, first_own // TILE_BLOCKS, 0)):
+    total = tl.where(last_own >= first_own, last_own // TILE_BLOCKS + 1, 0)
+    whole = first_own // TILE_BLOCKS
+    begin, end = total * span // spans, total * (span + 1) // spans
+
+    for number in range(begin, tl.minimum(whole, end)):
         if HAS_DESCRIPTORS:
             pooled = pooled_desc.load([pooled_row + number * TILE, 0])
         else:
@@ -214,7 +226,7 @@ def _probe_kernel(
 
     tile_slot = column // (4 * PER_BLOCK) * 4 + column // 2 % 4
     within = column // 8 % (PER_BLOCK // 2) * 2 + column % 2
-    for number in range(first_own // TILE_BLOCKS, last_own // TILE_BLOCKS + 1):
+    for number in range(tl.maximum(whole, begin), end):
         first_token = (number * TILE_BLOCKS + tile_slot) * BLOCK + within * POOL
         is_key = first_token < key_end
         pooled = tl.load(
@@ -231,11 +243,11 @@ def _probe_kernel(
         tl.store(target, peaks.reshape(ROWS, TILE_BLOCKS) * scale_log2)
 
     largest = tl.max(tl.max(running_max, 2), 1)
-    total = tl.sum(tl.sum(running_sum * tl.exp2((running_max - largest[:, None, None]) * scale_log2), 2), 1)
+    normaliser = tl.sum(tl.sum(running_sum * tl.exp2((running_max - largest[:, None, None]) * scale_log2), 2), 1)
     # A query without keys, or a row that is no query, must give no block a share.
-    is_voting = is_probe & (total != 0)
-    log_sum = largest * scale_log2 + tl.log2(tl.where(is_voting, total, 1.0))
-    tl.store(log_sums_ptr + row, tl.where(is_voting, log_sum, float("inf")))
+    is_voting = is_probe & (normaliser != 0)
+    log_sum = largest * scale_log2 + tl.log2(tl.where(is_voting, normaliser, 1.0))
+    tl.store(log_sums_ptr + row, tl.where(is_voting, log_sum, tl.where(spans == 1, float("inf"), float("-inf"))))
 
 
 def tiles_for(query: torch.Tensor) -> ProbeTiles:
@@ -243,20 +255,20 @@ def tiles_for(query: torch.Tensor) -> ProbeTiles:
     return probe_tiles(compute_capability(query), triton.next_power_of_2(query.shape[-1]), query.dtype)
 
 
-def probe_parts(call: ProbeCall, first_part: int, count: int) -> None:
-    """Probe with ``count`` parts of the call's query blocks from ``first_part`` on."""
+def probe_parts(call: ProbeCall, first_part: int, count: int, spans: int) -> None:
+    """Probe with ``count`` parts of the call's query blocks from ``first_part`` on, by ``spans`` programs each."""
     pooled, head_dim = call.pooled, call.query.shape[3]
     block_d = triton.next_power_of_2(head_dim)
     described = None
     if call.tiles.copy_engine and head_dim == block_d:
         described = TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim])
     with launch_context(call.query):
-        _probe_kernel[call.query.shape[1] // call.part.heads, count, call.query.shape[0]](
+        _probe_kernel[call.grid(count, spans)](
             call.query,
             call.positions,
             pooled,
             described,
-            *call.arguments(first_part),
+            *call.arguments(first_part, spans),
             **call.constants(),
             ROWS=call.part.rows,
             BLOCK_D=block_d,

@@ -65,12 +65,13 @@ def _step(
     targets,
     scale_log2,
     position,
+    begin,
     key_end,
     IS_WHOLE: gl.constexpr,
     BLOCK: gl.constexpr,
     POOL: gl.constexpr,
 ):
-    """Reduce the products of tile ``number`` while those of the next are made."""
+    """Reduce the products of the ``number``-th tile, counted from tile ``begin``, while those of the next are made."""
     full, empty = barriers
     STAGES: gl.constexpr = pooled_tiles.shape[0]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
@@ -84,7 +85,7 @@ def _step(
         column = gl.arange(0, _TILE, layout=gl.SliceLayout(0, layout))
         tile_slot = column // (4 * PER_BLOCK) * 4 + column // 2 % 4
         within = column // 8 % (PER_BLOCK // 2) * 2 + column % 2
-        first_token = (number * (_TILE // PER_BLOCK) + tile_slot) * BLOCK + within * POOL
+        first_token = ((begin + number) * (_TILE // PER_BLOCK) + tile_slot) * BLOCK + within * POOL
         last_token = gl.minimum(first_token + POOL, key_end) - 1
         is_seen = (first_token < key_end)[None, :] & (last_token[None, :] <= position[:, None])
         products = gl.where(is_seen, products, float("-inf"))
@@ -107,19 +108,23 @@ def _probe(
     POOL: gl.constexpr,
     STRIDE: gl.constexpr,
 ):
-    """One warpgroup: the part of QUERY_BLOCKS query blocks of HEADS heads."""
+    """One warpgroup: the part of QUERY_BLOCKS query blocks of HEADS heads, against the program's span of the keys."""
     queries, pooled_tiles, barriers, pointers, strides, place, work, scale_log2 = shared
     full, empty = barriers
     query_ptr, positions_ptr, peaks_ptr, log_sums_ptr = pointers
     stride_h, stride_s = strides
     first_token, first_tile, tiles, key_end = place
-    whole, total, first_part, head_sets, part_size = work
+    begin, whole, total, first_part, head_sets, part_size, span, spans = work
     HEAD_DIM: gl.constexpr = pooled_tiles.shape[2]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
     TILE_BLOCKS: gl.constexpr = _TILE // PER_BLOCK
     SLOTS: gl.constexpr = BLOCK // STRIDE
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    part = first_part + warpgroup * head_sets
+    log_sums_ptr += (part * spans + span) * _ROWS + gl.arange(0, _ROWS, layout=row_layout)
+    # What a row without queries or keys must add to the normaliser of other spans, or, if there are none, to every share.
+    nothing = gl.full([_ROWS], 0.0, gl.float32, row_layout) + gl.where(spans == 1, float("inf"), float("-inf"))
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
     if total > 0:
@@ -149,8 +154,7 @@ def _probe(
         target_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, state_layout)))
         fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, state_layout)))
         slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, state_layout)))
-        part = first_part + warpgroup * head_sets
-        targets = peaks_ptr + part * part_size
+        targets = peaks_ptr + part * part_size + begin * (_ROWS * TILE_BLOCKS)
         targets += target_row[:, None, None] * TILE_BLOCKS + fours[None, :, None] * 4 + slot[None, None, :]
 
         # Two by two, so that products never move from register to register.
@@ -158,12 +162,12 @@ def _probe(
             for second in gl.static_range(2):
                 products, running_max, running_sum = _step(
                     query, products, running_max, running_sum, zeros, pooled_tiles, barriers, 2 * pair + second, total,
-                    targets, scale_log2, position, key_end, True, BLOCK, POOL,
+                    targets, scale_log2, position, begin, key_end, True, BLOCK, POOL,
                 )  # fmt: skip
         for number in range(whole // 2 * 2, total):
             products, running_max, running_sum = _step(
                 query, products, running_max, running_sum, zeros, pooled_tiles, barriers, number, total,
-                targets, scale_log2, position, key_end, False, BLOCK, POOL,
+                targets, scale_log2, position, begin, key_end, False, BLOCK, POOL,
             )  # fmt: skip
 
         largest = gl.max(gl.max(running_max, 2), 1)
@@ -173,8 +177,9 @@ def _probe(
         # A query without keys, or a row that is no query, must give no block a share.
         is_voting = (position >= 0) & (normaliser != 0)
         log_sum = largest * scale_log2 + gl.log2(gl.where(is_voting, normaliser, 1.0))
-        row = gl.arange(0, _ROWS, layout=row_layout)
-        gl.store(log_sums_ptr + part * _ROWS + row, gl.where(is_voting, log_sum, float("inf")))
+        gl.store(log_sums_ptr, gl.where(is_voting, log_sum, nothing))
+    else:
+        gl.store(log_sums_ptr, nothing)
 
 
 @gluon.jit
@@ -197,6 +202,7 @@ def _load(pooled_tiles, barriers, pooled_desc, first_row, total):
         "first_query_block",
         "tiles",
         "first_part",
+        "spans",
         "parts",
         "pooled_rows",
         "score_tiles",
@@ -216,6 +222,7 @@ def _probe_hopper_kernel(
     first_query_block,
     tiles,
     first_part,
+    spans,
     parts,
     pooled_rows,
     score_tiles,
@@ -232,13 +239,15 @@ def _probe_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_RANGES: gl.constexpr,
 ):
-    """One program: WARPGROUPS neighbouring parts."""
+    """One program: WARPGROUPS neighbouring parts against one of ``spans`` equal spans of their keys."""
     TILE_BLOCKS: gl.constexpr = _TILE * POOL // BLOCK
     SLOTS: gl.constexpr = BLOCK // STRIDE
     head_set, batch = gl.program_id(0), gl.program_id(2)
     head_sets = gl.num_programs(0)
     # The longest first, or the last to start would run alone.
     number = gl.num_programs(1) - 1 - gl.program_id(1)
+    span = number % spans
+    number = number // spans
     start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
     first_tile = (first_part + number * _WARPGROUPS) * QUERY_BLOCKS
     first_own = query_begin // BLOCK + first_query_block + first_tile
@@ -246,8 +255,10 @@ def _probe_hopper_kernel(
     last_own = gl.minimum(last_own, gl.cdiv(query_end, BLOCK) - 1)
     is_empty = (last_own < first_own) | (query_end <= query_begin)
     # Tiles before the first query block are seen whole by every query.
-    whole = gl.where(is_empty, 0, first_own // TILE_BLOCKS)
-    total = gl.where(is_empty, 0, last_own // TILE_BLOCKS + 1)
+    tiles_in_all = gl.where(is_empty, 0, last_own // TILE_BLOCKS + 1)
+    begin = tiles_in_all * span // spans
+    total = tiles_in_all * (span + 1) // spans - begin
+    whole = gl.minimum(gl.maximum(first_own // TILE_BLOCKS - begin, 0), total)
 
     # Tiles of queries are swizzled like those of pooled keys.
     queries = gl.allocate_shared_memory(pooled_desc.dtype, [_WARPGROUPS, _ROWS, HEAD_DIM], pooled_desc.layout)
@@ -266,14 +277,14 @@ def _probe_hopper_kernel(
     )
     place = (start - query_offset, first_tile, tiles, key_end)
     program_part = (batch * parts + number * _WARPGROUPS) * head_sets + head_set
-    work = (whole, total, program_part, head_sets, score_tiles * (_ROWS * TILE_BLOCKS))
+    work = (begin, whole, total, program_part, head_sets, score_tiles * (_ROWS * TILE_BLOCKS), span, spans)
     shared = (queries, pooled_tiles, barriers, pointers, (stride_qh, stride_qs), place, work, scale_log2)
     gl.warp_specialize(
         [
             (_probe, (0, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE)),
             (_probe, (1, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE)),
             (_probe, (2, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE)),
-            (_load, (pooled_tiles, barriers, pooled_desc, pooled_row, total)),
+            (_load, (pooled_tiles, barriers, pooled_desc, pooled_row + begin * _TILE, total)),
         ],
         [4, 4, 1],
         [160, 160, 24],
@@ -291,16 +302,16 @@ def tiles_for(query: torch.Tensor) -> ProbeTiles:
     return ProbeTiles(_ROWS.value, parts=_WARPGROUPS.value, resident=1, num_warps=4, num_stages=4)
 
 
-def probe_parts(call: ProbeCall, first_part: int, count: int) -> None:
+def probe_parts(call: ProbeCall, first_part: int, count: int, spans: int) -> None:
     """``probe.probe_parts`` for what ``fits``; the parts that ``peaks`` has room for are a multiple of those of a program."""
     block = (TILE, call.query.shape[3])
     layout = shared_layout(block, call.query.dtype)
     with launch_context(call.query):
-        _probe_hopper_kernel[call.query.shape[1] // call.part.heads, -(-count // call.tiles.parts), call.query.shape[0]](
+        _probe_hopper_kernel[call.grid(count, spans)](
             call.query,
             call.positions,
             TensorDescriptor.from_tensor(call.pooled.view(-1, block[1]), list(block), layout),
-            *call.arguments(first_part),
+            *call.arguments(first_part, spans),
             **call.constants(),
             STAGES=call.tiles.num_stages,
         )

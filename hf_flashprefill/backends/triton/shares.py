@@ -21,7 +21,7 @@ from . import probe
 from .longest import longest_queries
 from .pool import TILE
 from .primitives import append_kept, compute_capability, launch_context, multiprocessors, row_span
-from .tuning import Part
+from .tuning import MAX_SPANS, Part, probe_spans
 
 try:
     from . import probe_hopper
@@ -76,6 +76,24 @@ def _block_scores(
     return largest
 
 
+@triton.jit
+def _join_spans(log_sums_ptr, spans, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """Put the normalisers of a list's queries over all their keys where those over the first span are."""
+    log_sums_ptr += tl.arange(0, SLOTS)
+    largest = tl.full((SLOTS,), float("-inf"), tl.float32)
+    for span in range(spans):
+        largest = tl.maximum(largest, tl.load(log_sums_ptr + span * ROWS))
+    largest = tl.where(largest > float("-inf"), largest, 0.0)
+    total = tl.zeros((SLOTS,), tl.float32)
+    for span in range(spans):
+        total += tl.exp2(tl.load(log_sums_ptr + span * ROWS) - largest)
+    log_sums = tl.where(total == 0, float("inf"), largest + tl.log2(tl.where(total == 0, 1.0, total)))
+    tl.debug_barrier()
+    tl.store(log_sums_ptr, log_sums)
+    # Every thread of this program reads all of them next.
+    tl.debug_barrier()
+
+
 @triton.jit(
     do_not_specialize=[
         "kv_len",
@@ -84,6 +102,7 @@ def _block_scores(
         "first_query_block",
         "tiles",
         "first_tile",
+        "spans",
         "parts",
         "score_tiles",
         "width",
@@ -105,6 +124,7 @@ def _list_shares_kernel(
     first_query_block,
     tiles,
     first_tile,
+    spans,
     parts,
     score_tiles,
     width,
@@ -135,7 +155,9 @@ def _list_shares_kernel(
         part = (batch * parts + number // QUERY_BLOCKS) * (tl.num_programs(0) // HEADS) + head // HEADS
         row = (number % QUERY_BLOCKS * HEADS + head % HEADS) * SLOTS
         peaks_ptr += part.to(tl.int64) * score_tiles * (ROWS * TILE_BLOCKS) + row * TILE_BLOCKS
-        log_sums_ptr += part * ROWS + row
+        log_sums_ptr += part * spans * ROWS + row
+        if spans > 1:
+            _join_spans(log_sums_ptr, spans, ROWS, SLOTS)
         voting = 0.0
         if IS_BLEND:
             voting = tl.sum((tl.load(log_sums_ptr + tl.arange(0, SLOTS)) != float("inf")).to(tl.float32), 0)
@@ -209,7 +231,7 @@ def select_shares(
     step = min(step // at_once * at_once or max(step, 1), parts)
     step = triton.cdiv(step, tiles.parts) * tiles.parts
     peaks = torch.empty(batch, step, *scores, dtype=torch.float32, device=query.device)
-    log_sums = torch.empty(batch, step, *scores[::2], dtype=torch.float32, device=query.device)
+    log_sums = torch.empty(batch, step, scores[0], MAX_SPANS, part.rows, dtype=torch.float32, device=query.device)
     positions = None
     if query_stride > 1:
         positions = longest_queries(query, geometry, query_stride, first_query_block, query_blocks)
@@ -218,8 +240,13 @@ def select_shares(
         query_stride, scale * math.log2(math.e),
     )  # fmt: skip
     for first_part in range(0, parts, step):
-        probing.probe_parts(call, first_part, min(step, parts - first_part))
+        count = min(step, parts - first_part)
+        programs, at_once = math.prod(call.grid(count, 1)), tiles.resident * multiprocessors(query)
         first_tile = first_part * part.query_blocks
+        last_tile = min(first_tile + count * part.query_blocks, query_blocks)
+        is_even = geometry.is_even(first_query_block + first_tile, last_tile - first_tile)
+        spans = probe_spans(programs, at_once, scores[1], is_even)
+        probing.probe_parts(call, first_part, count, spans)
         with launch_context(query):
             _list_shares_kernel[heads, min(step * part.query_blocks, query_blocks - first_tile), batch](
                 peaks,
@@ -234,6 +261,7 @@ def select_shares(
                 first_query_block,
                 query_blocks,
                 first_tile,
+                spans,
                 step,
                 scores[1],
                 width,

@@ -32,6 +32,11 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
     return AttendTiles(block_size, 32 if block_d == 128 else 64, num_warps=8 if block_size == 128 else 4, num_stages=2)
 
 
+def pool_warps(sums: int, block_d: int) -> int:
+    """Warps of a program that adds keys or values up into ``sums`` means of ``block_d`` channels: 64 numbers a thread."""
+    return min(max(sums * block_d // 2048, 1), 8)
+
+
 class EnergyTiles(NamedTuple):
     """Block means per step, the warps and pipeline stages of a program, and whether the copy engine loads the means."""
 
@@ -73,17 +78,20 @@ def hopper_tiles(head_dim: int) -> HopperTiles:
     return HopperTiles(step=128, stages=2 if head_dim == 128 else 4, query_stages=2)
 
 
-def heads_per_program(heads: int, query_blocks: int, processors: int) -> int:
+def heads_per_program(heads: int, query_blocks: int, processors: int, is_even: bool) -> int:
     """How many heads a program of the Hopper attend kernel works through, of ``heads`` with ``query_blocks`` each.
 
-    The more, the less often a multiprocessor starts from nothing; but enough programs must remain that the last to end do not
-    count.
+    The more, the less often a multiprocessor starts from nothing; but the last programs to end must not count. ``is_even`` says
+    that all take about as long, as in a chunk after a long prefix: they run in turns, of which the last should be full.
     """
-    # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, four heads instead of two: 6.04 ms
-    # instead of 6.18 at 64K tokens, 15.3 instead of 15.5 at 128K.
-    fewest = 8 * processors
-    enough = (count for count in (4, 2) if heads % count == 0 and heads // count * query_blocks >= fewest)
-    return next(enough, 1)
+    counts = [count for count in (4, 2, 1) if heads % count == 0]
+    if is_even:
+        # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: the last
+        # 8K of 32K tokens 674, 651 and 638 us, of 128K 884, 860 and 846. To begin takes .08 of a head's time there.
+        return min(counts, key=lambda count: -(-heads // count * query_blocks // processors) * (count + 0.08))
+    # Whole prompts: 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K.
+    fewest = 7 * processors
+    return next(count for count in counts if count == 1 or heads // count * query_blocks >= fewest)
 
 
 class Part(NamedTuple):
@@ -123,3 +131,21 @@ def probe_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -
         num_warps = 8 if block_d > 128 else 4
         return ProbeTiles(128, parts=1, resident=2, num_warps=num_warps, num_stages=2, copy_engine=True)
     return ProbeTiles(64, parts=1, resident=2, num_warps=8, num_stages=1 if block_d > 128 else 2)
+
+
+MAX_SPANS = 8
+
+
+def probe_spans(programs: int, at_once: int, tiles: int, is_even: bool) -> int:
+    """Into how many spans of the keys the work of each of ``programs`` of the probe is cut, up to MAX_SPANS, where ``at_once``
+    run at a time and the longest sees ``tiles`` tiles of pooled keys.
+
+    Programs that are about as long, ``is_even``, run in turns, of which the last leaves most of the GPU idle if there are few:
+    with those of the last 8K of 128K tokens, 176 on 132 multiprocessors, the selection took 771 us whole and 568 in three spans
+    (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16). Where short ones fill the gaps spans only cost: 72 and 86 us
+    at 8K tokens.
+    """
+    if not is_even or programs >= 2 * at_once:
+        return 1
+    # What begins and ends a program takes about as long as two tiles.
+    return min(range(1, MAX_SPANS + 1), key=lambda spans: -(-programs * spans // at_once) * (-(-tiles // spans) + 2))
