@@ -9,7 +9,7 @@ from hf_flashprefill.backends.triton.tuning import heads_per_program, probe_span
     [(32, 512, 4), (32, 116, 4), (32, 115, 2), (32, 58, 2), (32, 57, 1), (6, 1000, 2), (7, 1000, 1), (1, 1, 1)],
 )
 def test_programs_take_several_heads_where_enough_programs_remain(heads, query_blocks, expected):
-    assert heads_per_program(heads, query_blocks, processors=132, is_even=False) == expected
+    assert heads_per_program(heads, query_blocks, processors=132, is_even=False, query_stages=2) == expected
     assert heads % expected == 0
 
 
@@ -19,7 +19,12 @@ def test_programs_take_several_heads_where_enough_programs_remain(heads, query_b
     [(32, 64, 4), (32, 68, 1), (32, 16, 4), (32, 1, 1), (7, 1000, 1), (6, 64, 1), (32, 512, 4)],
 )
 def test_programs_of_equal_length_take_as_many_heads_as_fill_their_last_turn(heads, query_blocks, expected):
-    assert heads_per_program(heads, query_blocks, processors=132, is_even=True) == expected
+    assert heads_per_program(heads, query_blocks, processors=132, is_even=True, query_stages=2) == expected
+
+
+@pytest.mark.parametrize("is_even", [False, True])
+def test_programs_with_one_buffer_of_queries_take_one_head(is_even):
+    assert heads_per_program(32, 512, processors=132, is_even=is_even, query_stages=1) == 1
 
 
 @pytest.mark.parametrize(

@@ -518,7 +518,7 @@ def attend_blocks(
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
     is_even = geometry.is_even(index.first_query_block, index.query_blocks)
-    head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query), is_even)
+    head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query), is_even, tiles.query_stages)
     mean_blocks = 1 if means is None else means.key.shape[2]
     of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks))
     with launch_context(query):

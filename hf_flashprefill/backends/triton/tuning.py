@@ -75,15 +75,22 @@ def hopper_tiles(head_dim: int) -> HopperTiles:
     """Tiles of the Hopper attend kernel; each fills the 227 KB of shared memory a program can have as far as it helps."""
     if head_dim == 256:
         return HopperTiles(step=64, stages=2, query_stages=1)
+    # Head_dim 64 is held up by the instructions of its exponentials, not by waits. H200, every block of 64K tokens listed: 464
+    # TFLOP/s, with logits multiplied a step ahead 461, so in steps of 64 keys 389, with turns for the exponentials 445.
     return HopperTiles(step=128, stages=2 if head_dim == 128 else 4, query_stages=2)
 
 
-def heads_per_program(heads: int, query_blocks: int, processors: int, is_even: bool) -> int:
+def heads_per_program(heads: int, query_blocks: int, processors: int, is_even: bool, query_stages: int) -> int:
     """How many heads a program of the Hopper attend kernel works through, of ``heads`` with ``query_blocks`` each.
 
-    The more, the less often a multiprocessor starts from nothing; but the last programs to end must not count. ``is_even`` says
-    that all take about as long, as in a chunk after a long prefix: they run in turns, of which the last should be full.
+    With one buffer of queries it is one: nothing could be loaded ahead. Otherwise, the more, the less often a multiprocessor
+    starts from nothing; but the last programs to end must not count. ``is_even`` says that all take about as long, as in a
+    chunk after a long prefix: they run in turns, of which the last should be full.
     """
+    if query_stages == 1:
+        # H200, head_dim 256, 32 query and 8 key-value heads, bfloat16, one, two and four heads: every block listed 676, 641 and
+        # 657 TFLOP/s at 16K tokens, published density 574, 557 and 548 at 64K.
+        return 1
     counts = [count for count in (4, 2, 1) if heads % count == 0]
     if is_even:
         # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: the last
