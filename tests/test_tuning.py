@@ -4,22 +4,25 @@ from hf_flashprefill.backends.triton.tuning import heads_per_program, probe_span
 
 
 @pytest.mark.parametrize(
-    ("heads", "query_blocks", "expected"),
-    # 132 multiprocessors want 924 programs.
-    [(32, 512, 4), (32, 116, 4), (32, 115, 2), (32, 58, 2), (32, 57, 1), (6, 1000, 2), (7, 1000, 1), (1, 1, 1)],
+    ("heads", "query_blocks", "is_even", "expected"),
+    # 132 multiprocessors want 924 programs, or 1056 where all query blocks see about as much.
+    [
+        (32, 512, False, 4),
+        (32, 116, False, 4),
+        (32, 115, False, 2),
+        (32, 58, False, 2),
+        (32, 57, False, 1),
+        (32, 132, True, 4),
+        (32, 131, True, 2),
+        (32, 65, True, 1),
+        (6, 1000, False, 2),
+        (7, 1000, False, 1),
+        (1, 1, True, 1),
+    ],
 )
-def test_programs_take_several_heads_where_enough_programs_remain(heads, query_blocks, expected):
-    assert heads_per_program(heads, query_blocks, processors=132, is_even=False, query_stages=2) == expected
+def test_programs_take_several_heads_where_enough_programs_remain(heads, query_blocks, is_even, expected):
+    assert heads_per_program(heads, query_blocks, processors=132, is_even=is_even, query_stages=2) == expected
     assert heads % expected == 0
-
-
-@pytest.mark.parametrize(
-    ("heads", "query_blocks", "expected"),
-    # Turns of 132 programs: 512 programs of four heads are four, 544 of four would be five where 2176 of one are 17.
-    [(32, 64, 4), (32, 68, 1), (32, 16, 4), (32, 1, 1), (7, 1000, 1), (6, 64, 1), (32, 512, 4)],
-)
-def test_programs_of_equal_length_take_as_many_heads_as_fill_their_last_turn(heads, query_blocks, expected):
-    assert heads_per_program(heads, query_blocks, processors=132, is_even=True, query_stages=2) == expected
 
 
 @pytest.mark.parametrize("is_even", [False, True])

@@ -84,21 +84,20 @@ def heads_per_program(heads: int, query_blocks: int, processors: int, is_even: b
     """How many heads a program of the Hopper attend kernel works through, of ``heads`` with ``query_blocks`` each.
 
     With one buffer of queries it is one: nothing could be loaded ahead. Otherwise, the more, the less often a multiprocessor
-    starts from nothing; but the last programs to end must not count. ``is_even`` says that all take about as long, as in a
-    chunk after a long prefix: they run in turns, of which the last should be full.
+    starts from nothing; but enough programs must remain that the last to end do not count. Where the query blocks see about as
+    much, ``is_even``, as in a chunk after a long prefix, those attended in full are the longer for it.
     """
     if query_stages == 1:
         # H200, head_dim 256, 32 query and 8 key-value heads, bfloat16, one, two and four heads: every block listed 676, 641 and
         # 657 TFLOP/s at 16K tokens, published density 574, 557 and 548 at 64K.
         return 1
-    counts = [count for count in (4, 2, 1) if heads % count == 0]
-    if is_even:
-        # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: the last
-        # 8K of 32K tokens 674, 651 and 638 us, of 128K 884, 860 and 846. To begin takes .08 of a head's time there.
-        return min(counts, key=lambda count: -(-heads // count * query_blocks // processors) * (count + 0.08))
-    # Whole prompts: 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K.
-    fewest = 7 * processors
-    return next(count for count in counts if count == 1 or heads // count * query_blocks >= fewest)
+    # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: whole prompts
+    # 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K. The last 8K of 128K tokens took 884,
+    # 860 and 846 us with a local window alone; but with two query blocks in full, as by default, four heads of one of these are
+    # 4096 steps where a multiprocessor has 1460 in all.
+    fewest = (8 if is_even else 7) * processors
+    enough = (count for count in (4, 2) if heads % count == 0 and heads // count * query_blocks >= fewest)
+    return next(enough, 1)
 
 
 class Part(NamedTuple):
