@@ -62,22 +62,31 @@ def blocked_queries(query: torch.Tensor, geometry: PrefillGeometry) -> tuple[tor
 
 def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
     """Means of ``pool_size`` keys each: [B, Hkv, Skv, D] -> [B, Hkv, P, D] in the keys' dtype, summed in float32."""
-    pools = blocked_keys(key, geometry).flatten(2, 3).unflatten(2, (-1, pool_size))
-    starts = torch.arange(pools.shape[2], device=key.device) * pool_size
-    count = (geometry.spans(key.device).key_end[:, None] - starts).clamp(1, pool_size)
-    pooled = (pools.sum(3, dtype=torch.float32) / count[:, None, :, None]).to(key.dtype)
-    # As reference.pooled_keys: an infinite key must not hide behind the sign of its products.
-    return pooled.masked_fill_(~pooled.isfinite(), math.nan)
+    return _means(_pool_sums(key, geometry, pool_size), geometry, pool_size, key.dtype)
 
 
 def pool_keys_and_values(
     key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, pool_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``pool_keys`` with ``pool_size``, and the means of whole blocks of keys and of values."""
-    block_size = geometry.block_size
-    pooled = pool_keys(key, geometry, pool_size)
-    key_blocks = pooled if pool_size == block_size else pool_keys(key, geometry, block_size)
-    return pooled, key_blocks, pool_keys(value, geometry, block_size)
+    sums, block_size = _pool_sums(key, geometry, pool_size), geometry.block_size
+    block_sums = sums.unflatten(2, (geometry.key_blocks, block_size // pool_size)).sum(3)
+    key_blocks = _means(block_sums, geometry, block_size, key.dtype)
+    return _means(sums, geometry, pool_size, key.dtype), key_blocks, pool_keys(value, geometry, block_size)
+
+
+def _pool_sums(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
+    """Sums of ``pool_size`` keys each, float32 [B, Hkv, P, D]."""
+    return blocked_keys(key, geometry).flatten(2, 3).unflatten(2, (-1, pool_size)).sum(3, dtype=torch.float32)
+
+
+def _means(sums: torch.Tensor, geometry: PrefillGeometry, pool_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Means of sums of ``pool_size`` keys each [B, Hkv, P, D]; what lies after a row's end does not count."""
+    starts = torch.arange(sums.shape[2], device=sums.device) * pool_size
+    count = (geometry.spans(sums.device).key_end[:, None] - starts).clamp(1, pool_size)
+    means = (sums / count[:, None, :, None]).to(dtype)
+    # As reference.pooled_keys: an infinite key must not hide behind the sign of its products.
+    return means.masked_fill_(~means.isfinite(), math.nan)
 
 
 def select_blocks(
