@@ -27,7 +27,7 @@ NEVER = 1 << 40
 RULE_FIELDS = ("selector", "pool_size", "query_stride", "block_size", "correction", "mean_blocks", "backend")
 
 # Tokens. One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, default settings, a GPU that waits for each launch:
-# .66 times as fast as dense attention at 8192 tokens, 1.10 times at 12288 (benchmarks/results/crossover-2026-11-25-h200.txt).
+# .92 times as fast as dense attention at 8192 tokens, 1.51 times at 12288 (benchmarks/results/crossover-2026-11-26-h200.txt).
 MEASURED_DEFAULTS = {9: 12288}
 MEASURED_WIDTH = 32 * 128
 # Not measured: GPUs of other generations, and layers that fill a GPU less or compute in float32. A guess to the safe side.
