@@ -249,8 +249,8 @@ def test_a_bad_value_of_a_later_block_reaches_no_mean_before_it(bad, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("selector", "spans"), [("blend", 1), ("blend", 3), ("share", 8), ("peak", 2)])
-def test_both_probes_find_the_same_blocks(shape, settings, selector, spans, monkeypatch):
+@pytest.mark.parametrize(("selector", "splits"), [("blend", 1), ("blend", 3), ("share", 8), ("peak", 2)])
+def test_both_probes_find_the_same_blocks(shape, settings, selector, splits, monkeypatch):
     """The portable one is compared with the reference everywhere; only sums in another order may part them."""
     from hf_flashprefill.backends.triton import shares
 
@@ -271,12 +271,12 @@ def test_both_probes_find_the_same_blocks(shape, settings, selector, spans, monk
         return index.to_mask()
 
     monkeypatch.setattr(shares.probe_hopper, "probe_parts", counted)
-    monkeypatch.setattr(shares, "probe_spans", lambda *_: spans)
+    monkeypatch.setattr(shares, "probe_splits", lambda *_: splits)
     found = lists()
     assert calls, "the Hopper kernel did not run"
     calls.clear()
     monkeypatch.setattr(shares, "probe_hopper", None)
-    monkeypatch.setattr(shares, "probe_spans", lambda *_: 1)
+    monkeypatch.setattr(shares, "probe_splits", lambda *_: 1)
     expected = lists()
     assert not calls
     assert (found != expected).sum() <= 2e-4 * expected.numel()

@@ -96,7 +96,7 @@ def test_backends_select_what_the_reference_selects(backend, probe, case, device
     assert torch.equal(index[backend].to_mask(), index["reference"].to_mask())
 
 
-@pytest.mark.parametrize("spans", [1, 2, 5])
+@pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize(
     "case",
     [
@@ -107,10 +107,10 @@ def test_backends_select_what_the_reference_selects(backend, probe, case, device
     ids=str,
 )
 @pytest.mark.parametrize("selector", ["blend", "peak"])
-def test_a_probe_in_spans_of_the_keys_selects_the_same(selector, case, spans, device, monkeypatch):
+def test_a_probe_in_splits_of_the_keys_selects_the_same(selector, case, splits, device, monkeypatch):
     query, key, value, ranges = case.tensors(device)
     index, asked = {}, []
-    monkeypatch.setattr(shares, "probe_spans", lambda *_: asked.append(1) or spans)
+    monkeypatch.setattr(shares, "probe_splits", lambda *_: asked.append(1) or splits)
     for name in ("reference", "triton"):
         probe = {"selector": selector, "alpha": 0.4 if selector == "peak" else 0.12, "block_size": 64, "pool_size": 8}
         config = FlashPrefillConfig(backend=name, **probe, **RULE)

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_flashprefill.backends.triton.tuning import heads_per_program, probe_spans
+from hf_flashprefill.backends.triton.tuning import heads_per_program, probe_splits
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_programs_with_one_buffer_of_queries_take_one_head(is_even):
     ],
 )
 def test_few_programs_of_equal_length_are_cut_along_the_keys(programs, tiles, is_even, expected):
-    assert probe_spans(programs, at_once=132, tiles=tiles, is_even=is_even) == expected
+    assert probe_splits(programs, at_once=132, tiles=tiles, is_even=is_even) == expected

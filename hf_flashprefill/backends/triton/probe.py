@@ -29,9 +29,9 @@ class ProbeCall(NamedTuple):
         geometry: Of the operator call.
         peaks: Written: each query's largest logit of each block, times log2(e), float32 [B, parts, sets of heads, tiles of
             pooled keys, rows, blocks of a tile].
-        log_sums: Written: log2 of each query's softmax normaliser over each span of the keys, float32 [B, parts, sets of heads,
-            spans, rows] without gaps; for a row without queries or keys infinite, or minus infinity where there are spans to
-            add up.
+        log_sums: Written: log2 of each query's softmax normaliser over each split of the keys, float32 [B, parts, sets of
+            heads, splits, rows] without gaps. For a row without queries or keys infinite, so that it gives no share, or minus
+            infinity if there are several splits, whose normalisers are added up.
         part: How probing queries are cut into matrices.
         tiles: Of the kernel, from its module's ``tiles_for``.
         first_query_block: Of the lists that are being made.
@@ -55,11 +55,11 @@ class ProbeCall(NamedTuple):
     query_stride: int
     scale_log2: float
 
-    def grid(self, count: int, spans: int) -> tuple[int, int, int]:
-        """Sets of heads, programs for ``count`` parts and ``spans`` each, batch."""
-        return self.query.shape[1] // self.part.heads, -(-count // self.tiles.parts) * spans, self.query.shape[0]
+    def grid(self, count: int, splits: int) -> tuple[int, int, int]:
+        """Sets of heads, programs for ``count`` parts and ``splits`` each, batch."""
+        return self.query.shape[1] // self.part.heads, -(-count // self.tiles.parts) * splits, self.query.shape[0]
 
-    def arguments(self, first_part: int, spans: int) -> tuple:
+    def arguments(self, first_part: int, splits: int) -> tuple:
         """What both probes' kernels take after the tensors that they read, in their order."""
         geometry = self.geometry
         return (
@@ -73,7 +73,7 @@ class ProbeCall(NamedTuple):
             self.first_query_block,
             self.query_blocks,
             first_part,
-            spans,
+            splits,
             self.peaks.shape[1],
             self.pooled.shape[2],
             self.peaks.shape[3],
@@ -102,10 +102,10 @@ def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.co
 
     Every reduction here stays inside a thread; the slots are reduced once at the end.
     """
-    split = products.reshape(products.shape[0], products.shape[1] // PER_BLOCK // 4, PER_BLOCK // 2, 4, 2)
-    peaks = tl.max(tl.max(split, 4), 2)
+    by_block = products.reshape(products.shape[0], products.shape[1] // PER_BLOCK // 4, PER_BLOCK // 2, 4, 2)
+    peaks = tl.max(tl.max(by_block, 4), 2)
     new_max = tl.maximum(running_max, peaks)
-    shifted = split * scale_log2 - (new_max * scale_log2)[:, :, None, :, None]
+    shifted = by_block * scale_log2 - (new_max * scale_log2)[:, :, None, :, None]
     terms = tl.sum(tl.sum(tl.exp2(shifted), 4), 2)
     running_sum = running_sum * tl.exp2((running_max - new_max) * scale_log2) + terms
     return peaks, new_max, running_sum
@@ -119,7 +119,7 @@ def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.co
         "first_query_block",
         "tiles",
         "first_part",
-        "spans",
+        "splits",
         "parts",
         "pooled_rows",
         "score_tiles",
@@ -140,7 +140,7 @@ def _probe_kernel(
     first_query_block,
     tiles,
     first_part,
-    spans,
+    splits,
     parts,
     pooled_rows,
     score_tiles,
@@ -160,14 +160,14 @@ def _probe_kernel(
     HAS_RANGES: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
 ):
-    """One program: the part of QUERY_BLOCKS query blocks of HEADS heads, against one of ``spans`` equal spans of its keys."""
+    """One program: the part of QUERY_BLOCKS query blocks of HEADS heads, against one of ``splits`` parts of its keys."""
     SLOTS: tl.constexpr = BLOCK // STRIDE
     PER_BLOCK: tl.constexpr = BLOCK // POOL
     TILE_BLOCKS: tl.constexpr = TILE // PER_BLOCK
     head_set, batch = tl.program_id(0), tl.program_id(2)
     # The longest first, or the last to start would run alone.
     number = tl.num_programs(1) - 1 - tl.program_id(1)
-    number, span = number // spans, number % spans
+    number, split = number // splits, number % splits
     heads = tl.num_programs(0) * HEADS
     first_head, first_tile = head_set * HEADS, (first_part + number) * QUERY_BLOCKS
     key_head = first_head // GROUP
@@ -175,7 +175,7 @@ def _probe_kernel(
     first_own = query_begin // BLOCK + first_query_block + first_tile
     part = (batch * parts + number) * tl.num_programs(0) + head_set
     peaks_ptr += part.to(tl.int64) * score_tiles * (ROWS * TILE_BLOCKS)
-    log_sums_ptr += (part * spans + span) * ROWS
+    log_sums_ptr += (part * splits + split) * ROWS
 
     row = tl.arange(0, ROWS)
     tile = row // (SLOTS * HEADS)
@@ -208,7 +208,7 @@ def _probe_kernel(
     # Tiles before the first query block are seen whole by every query. A program behind the row's last query has none.
     total = tl.where(last_own >= first_own, last_own // TILE_BLOCKS + 1, 0)
     whole = first_own // TILE_BLOCKS
-    begin, end = total * span // spans, total * (span + 1) // spans
+    begin, end = total * split // splits, total * (split + 1) // splits
 
     for number in range(begin, tl.minimum(whole, end)):
         if HAS_DESCRIPTORS:
@@ -247,7 +247,7 @@ def _probe_kernel(
     # A query without keys, or a row that is no query, must give no block a share.
     is_voting = is_probe & (normaliser != 0)
     log_sum = largest * scale_log2 + tl.log2(tl.where(is_voting, normaliser, 1.0))
-    tl.store(log_sums_ptr + row, tl.where(is_voting, log_sum, tl.where(spans == 1, float("inf"), float("-inf"))))
+    tl.store(log_sums_ptr + row, tl.where(is_voting, log_sum, tl.where(splits == 1, float("inf"), float("-inf"))))
 
 
 def tiles_for(query: torch.Tensor) -> ProbeTiles:
@@ -255,20 +255,20 @@ def tiles_for(query: torch.Tensor) -> ProbeTiles:
     return probe_tiles(compute_capability(query), triton.next_power_of_2(query.shape[-1]), query.dtype)
 
 
-def probe_parts(call: ProbeCall, first_part: int, count: int, spans: int) -> None:
-    """Probe with ``count`` parts of the call's query blocks from ``first_part`` on, by ``spans`` programs each."""
+def probe_parts(call: ProbeCall, first_part: int, count: int, splits: int) -> None:
+    """Probe with ``count`` parts of the call's query blocks from ``first_part`` on, each by ``splits`` programs."""
     pooled, head_dim = call.pooled, call.query.shape[3]
     block_d = triton.next_power_of_2(head_dim)
     described = None
     if call.tiles.copy_engine and head_dim == block_d:
         described = TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim])
     with launch_context(call.query):
-        _probe_kernel[call.grid(count, spans)](
+        _probe_kernel[call.grid(count, splits)](
             call.query,
             call.positions,
             pooled,
             described,
-            *call.arguments(first_part, spans),
+            *call.arguments(first_part, splits),
             **call.constants(),
             ROWS=call.part.rows,
             BLOCK_D=block_d,

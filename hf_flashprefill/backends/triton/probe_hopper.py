@@ -35,7 +35,7 @@ _WARPGROUPS = gl.constexpr(3)
 
 
 @gluon.jit
-def _split(products, PER_BLOCK: gl.constexpr):
+def _by_block(products, PER_BLOCK: gl.constexpr):
     """[rows, columns] -> [rows, blocks / 4, columns of a thread, 4, columns of a thread], see ``pool.tile_column``."""
     return products.reshape([_ROWS, _TILE // PER_BLOCK // 4, PER_BLOCK // 2, 4, 2])
 
@@ -43,10 +43,10 @@ def _split(products, PER_BLOCK: gl.constexpr):
 @gluon.jit
 def _reduce(products, running_max, running_sum, scale_log2, PER_BLOCK: gl.constexpr):
     """``probe._accumulate``."""
-    split = _split(products, PER_BLOCK)
-    peaks = gl.max(gl.max(split, 4), 2)
+    by_block = _by_block(products, PER_BLOCK)
+    peaks = gl.max(gl.max(by_block, 4), 2)
     new_max = gl.maximum(running_max, peaks)
-    shifted = split * scale_log2 - (new_max * scale_log2)[:, :, None, :, None]
+    shifted = by_block * scale_log2 - (new_max * scale_log2)[:, :, None, :, None]
     terms = gl.sum(gl.sum(gl.exp2(shifted), 4), 2)
     return peaks, new_max, running_sum * gl.exp2((running_max - new_max) * scale_log2) + terms
 
@@ -108,13 +108,13 @@ def _probe(
     POOL: gl.constexpr,
     STRIDE: gl.constexpr,
 ):
-    """One warpgroup: the part of QUERY_BLOCKS query blocks of HEADS heads, against the program's span of the keys."""
+    """One warpgroup: the part of QUERY_BLOCKS query blocks of HEADS heads, against the program's split of the keys."""
     queries, pooled_tiles, barriers, pointers, strides, place, work, scale_log2 = shared
     full, empty = barriers
     query_ptr, positions_ptr, peaks_ptr, log_sums_ptr = pointers
     stride_h, stride_s = strides
     first_token, first_tile, tiles, key_end = place
-    begin, whole, total, first_part, head_sets, part_size, span, spans = work
+    begin, whole, total, first_part, head_sets, part_size, split, splits = work
     HEAD_DIM: gl.constexpr = pooled_tiles.shape[2]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
     TILE_BLOCKS: gl.constexpr = _TILE // PER_BLOCK
@@ -122,9 +122,9 @@ def _probe(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     part = first_part + warpgroup * head_sets
-    log_sums_ptr += (part * spans + span) * _ROWS + gl.arange(0, _ROWS, layout=row_layout)
-    # What a row without queries or keys must add to the normaliser of other spans, or, if there are none, to every share.
-    nothing = gl.full([_ROWS], 0.0, gl.float32, row_layout) + gl.where(spans == 1, float("inf"), float("-inf"))
+    log_sums_ptr += (part * splits + split) * _ROWS + gl.arange(0, _ROWS, layout=row_layout)
+    # A row without queries or keys: it adds nothing to the normalisers of other splits; alone, it must give no block a share.
+    nothing = gl.full([_ROWS], 0.0, gl.float32, row_layout) + gl.where(splits == 1, float("inf"), float("-inf"))
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
     if total > 0:
@@ -147,7 +147,7 @@ def _probe(
         products = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(empty.index(0), count=1)
 
-        state_layout: gl.constexpr = gl.max(gl.max(_split(zeros, PER_BLOCK), 4), 2).type.layout
+        state_layout: gl.constexpr = gl.max(gl.max(_by_block(zeros, PER_BLOCK), 4), 2).type.layout
         # A finite start keeps queries that have seen nothing yet free of inf - inf.
         running_max = gl.full([_ROWS, TILE_BLOCKS // 4, 4], -1e30, gl.float32, state_layout)
         running_sum = gl.zeros([_ROWS, TILE_BLOCKS // 4, 4], gl.float32, state_layout)
@@ -202,7 +202,7 @@ def _load(pooled_tiles, barriers, pooled_desc, first_row, total):
         "first_query_block",
         "tiles",
         "first_part",
-        "spans",
+        "splits",
         "parts",
         "pooled_rows",
         "score_tiles",
@@ -222,7 +222,7 @@ def _probe_hopper_kernel(
     first_query_block,
     tiles,
     first_part,
-    spans,
+    splits,
     parts,
     pooled_rows,
     score_tiles,
@@ -239,15 +239,15 @@ def _probe_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_RANGES: gl.constexpr,
 ):
-    """One program: WARPGROUPS neighbouring parts against one of ``spans`` equal spans of their keys."""
+    """One program: WARPGROUPS neighbouring parts against one of ``splits`` parts of their keys."""
     TILE_BLOCKS: gl.constexpr = _TILE * POOL // BLOCK
     SLOTS: gl.constexpr = BLOCK // STRIDE
     head_set, batch = gl.program_id(0), gl.program_id(2)
     head_sets = gl.num_programs(0)
     # The longest first, or the last to start would run alone.
     number = gl.num_programs(1) - 1 - gl.program_id(1)
-    span = number % spans
-    number = number // spans
+    split = number % splits
+    number = number // splits
     start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
     first_tile = (first_part + number * _WARPGROUPS) * QUERY_BLOCKS
     first_own = query_begin // BLOCK + first_query_block + first_tile
@@ -256,8 +256,8 @@ def _probe_hopper_kernel(
     is_empty = (last_own < first_own) | (query_end <= query_begin)
     # Tiles before the first query block are seen whole by every query.
     tiles_in_all = gl.where(is_empty, 0, last_own // TILE_BLOCKS + 1)
-    begin = tiles_in_all * span // spans
-    total = tiles_in_all * (span + 1) // spans - begin
+    begin = tiles_in_all * split // splits
+    total = tiles_in_all * (split + 1) // splits - begin
     whole = gl.minimum(gl.maximum(first_own // TILE_BLOCKS - begin, 0), total)
 
     # Tiles of queries are swizzled like those of pooled keys.
@@ -277,7 +277,7 @@ def _probe_hopper_kernel(
     )
     place = (start - query_offset, first_tile, tiles, key_end)
     program_part = (batch * parts + number * _WARPGROUPS) * head_sets + head_set
-    work = (begin, whole, total, program_part, head_sets, score_tiles * (_ROWS * TILE_BLOCKS), span, spans)
+    work = (begin, whole, total, program_part, head_sets, score_tiles * (_ROWS * TILE_BLOCKS), split, splits)
     shared = (queries, pooled_tiles, barriers, pointers, (stride_qh, stride_qs), place, work, scale_log2)
     gl.warp_specialize(
         [
@@ -302,16 +302,16 @@ def tiles_for(query: torch.Tensor) -> ProbeTiles:
     return ProbeTiles(_ROWS.value, parts=_WARPGROUPS.value, resident=1, num_warps=4, num_stages=4)
 
 
-def probe_parts(call: ProbeCall, first_part: int, count: int, spans: int) -> None:
+def probe_parts(call: ProbeCall, first_part: int, count: int, splits: int) -> None:
     """``probe.probe_parts`` for what ``fits``; the parts that ``peaks`` has room for are a multiple of those of a program."""
     block = (TILE, call.query.shape[3])
     layout = shared_layout(block, call.query.dtype)
     with launch_context(call.query):
-        _probe_hopper_kernel[call.grid(count, spans)](
+        _probe_hopper_kernel[call.grid(count, splits)](
             call.query,
             call.positions,
             TensorDescriptor.from_tensor(call.pooled.view(-1, block[1]), list(block), layout),
-            *call.arguments(first_part, spans),
+            *call.arguments(first_part, splits),
             **call.constants(),
             STAGES=call.tiles.num_stages,
         )

@@ -2,7 +2,8 @@
 
 A block's score needs every probing query's normaliser, which is known only after the query has seen its last key. So a probe
 (``probe.py``, ``probe_hopper.py``) keeps each query's largest logit per block, and what follows here walks over those when the
-normalisers are there. The products are computed once.
+normalisers are there. The products are computed once. Where a probe has few programs their keys are split among more, as
+decode attention does; each split has a normaliser of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from . import probe
 from .longest import longest_queries
 from .pool import TILE
 from .primitives import append_kept, compute_capability, launch_context, multiprocessors, row_span
-from .tuning import MAX_SPANS, Part, probe_spans
+from .tuning import MAX_SPLITS, Part, probe_splits
 
 try:
     from . import probe_hopper
@@ -77,16 +78,16 @@ def _block_scores(
 
 
 @triton.jit
-def _join_spans(log_sums_ptr, spans, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    """Put the normalisers of a list's queries over all their keys where those over the first span are."""
+def _join_splits(log_sums_ptr, splits, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+    """Put the normalisers of a list's queries over all their keys where those over the first split of the keys are."""
     log_sums_ptr += tl.arange(0, SLOTS)
     largest = tl.full((SLOTS,), float("-inf"), tl.float32)
-    for span in range(spans):
-        largest = tl.maximum(largest, tl.load(log_sums_ptr + span * ROWS))
+    for split in range(splits):
+        largest = tl.maximum(largest, tl.load(log_sums_ptr + split * ROWS))
     largest = tl.where(largest > float("-inf"), largest, 0.0)
     total = tl.zeros((SLOTS,), tl.float32)
-    for span in range(spans):
-        total += tl.exp2(tl.load(log_sums_ptr + span * ROWS) - largest)
+    for split in range(splits):
+        total += tl.exp2(tl.load(log_sums_ptr + split * ROWS) - largest)
     log_sums = tl.where(total == 0, float("inf"), largest + tl.log2(tl.where(total == 0, 1.0, total)))
     tl.debug_barrier()
     tl.store(log_sums_ptr, log_sums)
@@ -102,7 +103,7 @@ def _join_spans(log_sums_ptr, spans, ROWS: tl.constexpr, SLOTS: tl.constexpr):
         "first_query_block",
         "tiles",
         "first_tile",
-        "spans",
+        "splits",
         "parts",
         "score_tiles",
         "width",
@@ -124,7 +125,7 @@ def _list_shares_kernel(
     first_query_block,
     tiles,
     first_tile,
-    spans,
+    splits,
     parts,
     score_tiles,
     width,
@@ -155,9 +156,9 @@ def _list_shares_kernel(
         part = (batch * parts + number // QUERY_BLOCKS) * (tl.num_programs(0) // HEADS) + head // HEADS
         row = (number % QUERY_BLOCKS * HEADS + head % HEADS) * SLOTS
         peaks_ptr += part.to(tl.int64) * score_tiles * (ROWS * TILE_BLOCKS) + row * TILE_BLOCKS
-        log_sums_ptr += part * spans * ROWS + row
-        if spans > 1:
-            _join_spans(log_sums_ptr, spans, ROWS, SLOTS)
+        log_sums_ptr += part * splits * ROWS + row
+        if splits > 1:
+            _join_splits(log_sums_ptr, splits, ROWS, SLOTS)
         voting = 0.0
         if IS_BLEND:
             voting = tl.sum((tl.load(log_sums_ptr + tl.arange(0, SLOTS)) != float("inf")).to(tl.float32), 0)
@@ -231,7 +232,7 @@ def select_shares(
     step = min(step // at_once * at_once or max(step, 1), parts)
     step = triton.cdiv(step, tiles.parts) * tiles.parts
     peaks = torch.empty(batch, step, *scores, dtype=torch.float32, device=query.device)
-    log_sums = torch.empty(batch, step, scores[0], MAX_SPANS, part.rows, dtype=torch.float32, device=query.device)
+    log_sums = torch.empty(batch, step, scores[0], MAX_SPLITS, part.rows, dtype=torch.float32, device=query.device)
     positions = None
     if query_stride > 1:
         positions = longest_queries(query, geometry, query_stride, first_query_block, query_blocks)
@@ -245,8 +246,8 @@ def select_shares(
         first_tile = first_part * part.query_blocks
         last_tile = min(first_tile + count * part.query_blocks, query_blocks)
         is_even = geometry.is_even(first_query_block + first_tile, last_tile - first_tile)
-        spans = probe_spans(programs, at_once, scores[1], is_even)
-        probing.probe_parts(call, first_part, count, spans)
+        splits = probe_splits(programs, at_once, scores[1], is_even)
+        probing.probe_parts(call, first_part, count, splits)
         with launch_context(query):
             _list_shares_kernel[heads, min(step * part.query_blocks, query_blocks - first_tile), batch](
                 peaks,
@@ -261,7 +262,7 @@ def select_shares(
                 first_query_block,
                 query_blocks,
                 first_tile,
-                spans,
+                splits,
                 step,
                 scores[1],
                 width,

@@ -139,19 +139,19 @@ def probe_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -
     return ProbeTiles(64, parts=1, resident=2, num_warps=8, num_stages=1 if block_d > 128 else 2)
 
 
-MAX_SPANS = 8
+MAX_SPLITS = 8
 
 
-def probe_spans(programs: int, at_once: int, tiles: int, is_even: bool) -> int:
-    """Into how many spans of the keys the work of each of ``programs`` of the probe is cut, up to MAX_SPANS, where ``at_once``
-    run at a time and the longest sees ``tiles`` tiles of pooled keys.
+def probe_splits(programs: int, at_once: int, tiles: int, is_even: bool) -> int:
+    """Among how many programs, up to MAX_SPLITS, the keys of each of ``programs`` of the probe are split, where ``at_once`` run
+    at a time and the longest sees ``tiles`` tiles of pooled keys.
 
     Programs that are about as long, ``is_even``, run in turns, of which the last leaves most of the GPU idle if there are few:
-    with those of the last 8K of 128K tokens, 176 on 132 multiprocessors, the selection took 771 us whole and 568 in three spans
-    (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16). Where short ones fill the gaps spans only cost: 72 and 86 us
-    at 8K tokens.
+    with those of the last 8K of 128K tokens, 176 on 132 multiprocessors, the selection took 771 us, in three splits 568 (H200,
+    32 query and 8 key-value heads, head_dim 128, bfloat16). Where short ones fill the gaps splits only cost: 72 and 86 us at
+    8K tokens.
     """
     if not is_even or programs >= 2 * at_once:
         return 1
     # What begins and ends a program takes about as long as two tiles.
-    return min(range(1, MAX_SPANS + 1), key=lambda spans: -(-programs * spans // at_once) * (-(-tiles // spans) + 2))
+    return min(range(1, MAX_SPLITS + 1), key=lambda splits: -(-programs * splits // at_once) * (-(-tiles // splits) + 2))
