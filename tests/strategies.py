@@ -13,6 +13,8 @@ from hf_flashprefill.config import BLOCK_SIZES, MEAN_BLOCKS, POOL_SIZES, QUERY_S
 # Those that have a threshold, from which a disagreement's distance can be told.
 THRESHOLDS = [selector for selector in SELECTORS if selector not in SORTING_SELECTORS]
 HALVES = (torch.float16, torch.bfloat16)
+# Minus infinity is no sink at all.
+SINKS = (-float("inf"), -8.0, -1.0, 0.0, 2.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Variant:
     pool_size: int
     query_stride: int
     is_padded: bool
+    has_window: bool = False
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call; ``ranges`` are valid (first, end) buffer positions per row."""
+    """One call; ``ranges`` are valid (first, end) buffer positions per row, and ``sinks`` one logit per query head."""
 
     variant: Variant
     batch: int
@@ -66,6 +70,8 @@ class Call:
     spread: float
     seed: int
     rule: tuple[tuple[str, float | bool], ...]
+    sliding_window: int | None
+    sinks: tuple[float, ...] | None
 
     def config(self, backend: str) -> FlashPrefillConfig:
         names = ("block_size", "selector", "pool_size", "query_stride")
@@ -117,6 +123,8 @@ def variants(head_dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> st.
         pool_size=st.sampled_from(POOL_SIZES),
         query_stride=st.sampled_from(QUERY_STRIDES),
         is_padded=st.booleans(),
+        has_window=st.sampled_from((False, False, True)),
+        has_sinks=st.sampled_from((False, False, True)),
     )
 
 
@@ -151,10 +159,14 @@ def calls(draw, variant: st.SearchStrategy[Variant], tokens: int, placed: st.Sea
         edge = st.one_of(st.sampled_from((0, offset, offset + query_len, kv_len)), st.integers(0, kv_len))
         pairs = st.tuples(edge, edge).map(lambda pair: (min(pair), max(pair)))
         ranges = tuple(draw(st.lists(pairs, min_size=batch, max_size=batch)))
+    key_heads, sinks = draw(st.integers(1, 2)), None
+    if chosen.has_sinks:
+        heads = key_heads * chosen.group
+        sinks = tuple(draw(st.lists(st.sampled_from(SINKS), min_size=heads, max_size=heads)))
     return Call(
         variant=chosen,
         batch=batch,
-        key_heads=draw(st.integers(1, 2)),
+        key_heads=key_heads,
         query_len=query_len,
         kv_len=kv_len,
         offset=offset,
@@ -164,6 +176,9 @@ def calls(draw, variant: st.SearchStrategy[Variant], tokens: int, placed: st.Sea
         spread=draw(st.sampled_from((0.0, 0.5, 2.0))),
         seed=draw(st.integers(0, 2**32 - 1)),
         rule=draw(rules),
+        # A window as long as the keys is none.
+        sliding_window=draw(lengths(1, kv_len + 1)) if chosen.has_window else None,
+        sinks=sinks,
     )
 
 
@@ -184,6 +199,10 @@ GPU_VARIANTS = (
     Variant(64, 4, torch.float32, 128, "share", 8, 8, True),
     Variant(128, 1, torch.float32, 64, "flashprefill", 8, 8, False),
     Variant(40, 3, torch.float32, 64, "peak", 16, 2, True),
+    Variant(64, 2, torch.bfloat16, 128, "blend", 4, 8, True, has_window=True, has_sinks=True),
+    Variant(128, 4, torch.bfloat16, 128, "blend", 4, 8, True, has_sinks=True),
+    Variant(128, 4, torch.float16, 128, "blend", 4, 8, False, has_window=True),
+    Variant(64, 1, torch.float32, 64, "share", 8, 8, True, has_sinks=True),
 )
 GPU_LAYOUTS = tuple(
     Layout(order, margins) for order in ((0, 1, 2, 3), (0, 2, 1, 3)) for margins in ((0, 0, 0, 0), (1, 1, 0, 8), (0, 3, 1, 1))

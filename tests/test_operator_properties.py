@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
-from hf_flashprefill import BlockIndex, flash_prefill_attention, reference
+from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attention, reference
 from hf_flashprefill.functional import selection_rule
 from tests.inputs import exact_dense
 from tests.strategies import Call, random_calls
@@ -34,7 +34,7 @@ def on_cpu(index: BlockIndex) -> BlockIndex:
 
 
 def run(call: Call, backend: str, device: torch.device):
-    """The tensors, the scale, the output and the index of a call, which must leave its inputs alone.
+    """Tensors, scale, further terms of the softmax, output and index of a call, which must leave its inputs alone.
 
     All are returned on the CPU: what they are compared with is made of many small steps, each a launch on a GPU.
     """
@@ -42,6 +42,8 @@ def run(call: Call, backend: str, device: torch.device):
     copies = [tensor.clone() for tensor in tensors]
     offset = None if call.offset + call.query_len == call.kv_len else call.offset
     settings = {"config": call.config(backend), "scale": call.scale, "query_offset": offset, "valid_ranges": ranges}
+    terms = {"sliding_window": call.sliding_window, "sinks": None if call.sinks is None else torch.tensor(call.sinks)}
+    settings |= terms | {"sinks": None if call.sinks is None else terms["sinks"].to(device)}
     with poisoned_memory():
         output, index = flash_prefill_attention(*tensors, return_index=True, **settings)
     assert output.shape == tensors[0].shape
@@ -51,7 +53,7 @@ def run(call: Call, backend: str, device: torch.device):
     index = on_cpu(index)
     index.validate()
     tensors, ranges = [tensor.cpu() for tensor in tensors], None if ranges is None else ranges.cpu()
-    return tensors, ranges, call.scale or call.variant.head_dim**-0.5, output.cpu(), index
+    return tensors, ranges, call.scale or call.variant.head_dim**-0.5, terms, output.cpu(), index
 
 
 def valid_rows(index: BlockIndex, query, key, value):
@@ -86,16 +88,11 @@ def row_scores(variant, rule, scale, positions, queries, keys):
     return scores, 4 * per_block[..., None] + 5e-5
 
 
-def check(call: Call, backend: str, device: torch.device) -> None:
-    tensors, ranges, scale, output, index = run(call, backend, device)
-    variant, config = call.variant, call.config(backend)
-    rule = selection_rule(config)
+def check_lists(call: Call, config: FlashPrefillConfig, scale: float, index: BlockIndex, tensors) -> None:
+    """A block is listed if and only if the rule keeps it, or its score is as close to the threshold as rounding goes."""
+    variant, rule, kept = call.variant, selection_rule(config), index.to_mask()
     forced = {name: rule[name] for name in ("selector", "alpha", "sink_blocks", "window_blocks", "dense_tail_blocks")}
-    options = {"scale": scale, "dtype": torch.float64, "mean_blocks": config.mean_blocks if config.correction else None}
-    kept, exact = index.to_mask(), reference.attend_blocks(*tensors, index, **options)
-    is_padding = torch.ones(call.batch, call.query_len, dtype=torch.bool)
-    for row, places, positions, queries, keys, values in valid_rows(index, *tensors):
-        is_padding[row, places] = False
+    for row, _, positions, queries, keys, _ in valid_rows(index, *tensors):
         scores, rounding = row_scores(variant, rule, scale, positions, queries, keys)
         first_block = int(positions[0]) // variant.block_size
         expected = reference.kept_blocks(scores, first_block, **forced)
@@ -105,16 +102,30 @@ def check(call: Call, backend: str, device: torch.device) -> None:
         margin = (margin - math.log2(config.alpha)).abs() if config.alpha > 0 else torch.full_like(scores, math.inf)
         wrong = (got != expected) & ~(margin <= rounding)
         assert not wrong.any(), f"{wrong.sum()} blocks wrong in row {row}, {margin[wrong].min():.2e} from the threshold"
-        error = (output[row, :, places].double() - exact[row, :, places]).abs().max().item()
-        keys, values = (tensor.repeat_interleave(variant.group, 0) for tensor in (keys, values))
+
+
+def check(call: Call, backend: str, device: torch.device) -> None:
+    tensors, ranges, scale, terms, output, index = run(call, backend, device)
+    config, group = call.config(backend), call.variant.group
+    has_window = call.sliding_window is not None and call.sliding_window < call.kv_len
+    if not has_window:
+        check_lists(call, config, scale, index, tensors)
+    mean_blocks = config.mean_blocks if config.correction and not has_window else None
+    exact = reference.attend_blocks(*tensors, index, scale=scale, dtype=torch.float64, mean_blocks=mean_blocks, **terms)
+    # A window keeps all it sees.
+    is_exact = has_window or config.alpha == 0
+    dense = exact_dense(*tensors, call.offset, ranges, scale, **terms) if is_exact else None
+    is_padding = torch.ones(call.batch, call.query_len, dtype=torch.bool)
+    for row, places, _, queries, keys, values in valid_rows(index, *tensors):
+        is_padding[row, places] = False
+        keys, values = (tensor.repeat_interleave(group, 0) for tensor in (keys, values))
         allowed = attention_rounding(queries, keys, values, scale)
-        assert error <= allowed, f"row {row} errs {error:.2e}, {allowed:.2e} allowed"
-        if config.alpha == 0:
-            dense = exact_dense(*tensors, call.offset, ranges, scale)[row, :, places]
-            error = (output[row, :, places].double() - dense).abs().max().item()
-            assert error <= allowed, f"row {row} errs {error:.2e} against dense attention, {allowed:.2e} allowed"
+        for name, wanted in (("what its lists say", exact), ("dense attention", dense)):
+            if wanted is not None:
+                error = (output[row, :, places].double() - wanted[row, :, places]).abs().max().item()
+                assert error <= allowed, f"row {row} errs {error:.2e} against {name}, {allowed:.2e} allowed"
     assert not output.transpose(1, 2)[is_padding].any(), "padding must be zeros"
-    if config.alpha == 0:
+    if config.alpha == 0 and not has_window:
         assert index.density() == 1
 
 
