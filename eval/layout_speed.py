@@ -6,11 +6,13 @@ Per length L and imposed density, the whole operator (pool, select, attend) is t
 
 - ``batch``: two rows of L tokens, against twice one row;
 - ``left_padded``: the same two rows, the second with L / 2 tokens of padding in front, against a prompt of L and one of L / 2;
-- ``chunked``: L tokens in chunks of ``--chunk`` against the keys so far, against the whole prompt at once.
+- ``chunked``: L tokens in chunks of ``--chunk`` against the keys so far, against the whole prompt at once;
+- ``chunked_tails``: the same chunks with the default's query blocks in full at the end of each, against the whole prompt and as
+  much more attention as these list more blocks.
 
 ``overhead`` is the time over that of the same work less 1. Every figure is a median, all in one process, of a GPU that has
-work waiting, as in a model's prefill. The density is imposed by a wide local window, with no query block in full, since each
-chunk's end would have its own.
+work waiting, as in a model's prefill. The density is imposed by a wide local window, with no query block in full but in
+``chunked_tails``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,11 +36,13 @@ from eval.operator_speed import (
     dated_output,
     operator_run,
     random_tensors,
+    stage_runs,
 )
 from eval.schema import Result
 from eval.ttft import config_for_density
-from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, median_ms
+from hf_flashprefill.functional import resolve_backend
 
 
 def cut(tensors: Tensors, rows: slice, query: slice, keys: slice) -> Tensors:
@@ -44,23 +50,34 @@ def cut(tensors: Tensors, rows: slice, query: slice, keys: slice) -> Tensors:
     return tuple(tensor[rows, :, part] for tensor, part in zip(tensors, (query, keys, keys), strict=True))
 
 
-def layout_runs(tensors: Tensors, config: FlashPrefillConfig, chunk: int) -> dict[str, tuple[Callable, list[str]]]:
-    """By name: what runs, and which runs are the same work."""
+class Call(NamedTuple):
+    """One call of the operator."""
+
+    tensors: Tensors
+    config: FlashPrefillConfig
+    valid_ranges: torch.Tensor | None = None
+
+    def run(self, **options) -> object:
+        return flash_prefill_attention(*self.tensors, config=self.config, valid_ranges=self.valid_ranges, **options)
+
+    def index(self) -> BlockIndex:
+        return self.run(return_index=True).index
+
+
+def layout_calls(tensors: Tensors, config: FlashPrefillConfig, chunk: int) -> dict[str, tuple[list[Call], list[str]]]:
+    """By name: the calls that a layout is made of, and which layouts are the same work."""
     length = tensors[0].shape[2]
     half, first, whole = length // 2, slice(0, 1), slice(None)
     ranges = torch.tensor([[0, length], [half, length]], device=tensors[0].device)
-
-    def attend(*cutting: slice, **options) -> Callable[[], object]:
-        part = cut(tensors, *cutting)
-        return lambda: flash_prefill_attention(*part, config=config, **options)
-
-    chunks = [attend(first, slice(at, at + chunk), slice(0, at + chunk)) for at in range(0, length, chunk)]
+    chunks = [cut(tensors, first, slice(at, at + chunk), slice(0, at + chunk)) for at in range(0, length, chunk)]
+    with_tails = replace(config, dense_tail_blocks=FlashPrefillConfig().dense_tail_blocks)
     return {
-        "one": (attend(first, whole, whole), []),
-        "half": (attend(first, slice(half, length), slice(half, length)), []),
-        "batch": (attend(whole, whole, whole), ["one", "one"]),
-        "left_padded": (attend(whole, whole, whole, valid_ranges=ranges), ["one", "half"]),
-        "chunked": (lambda: [run() for run in chunks], ["one"]),
+        "one": ([Call(cut(tensors, first, whole, whole), config)], []),
+        "half": ([Call(cut(tensors, first, slice(half, length), slice(half, length)), config)], []),
+        "batch": ([Call(tensors, config)], ["one", "one"]),
+        "left_padded": ([Call(tensors, config, ranges)], ["one", "half"]),
+        "chunked": ([Call(part, config) for part in chunks], ["one"]),
+        "chunked_tails": ([Call(part, with_tails) for part in chunks], ["one"]),
     }
 
 
@@ -68,14 +85,23 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
     """A row per layout."""
     config = FlashPrefillConfig(selector=args.selector, dense_tail_blocks=0, backend=args.backend)
     config = config_for_density(config, length, density)
-    tensors = random_tensors(2, length, args.head_dim, args)
-    runs = layout_runs(tensors, config, min(args.chunk, length))
-    times = {name: median_ms(run, args.device, args.seconds, queued=True) for name, (run, _) in runs.items()}
+    calls = layout_calls(random_tensors(2, length, args.head_dim, args), config, min(args.chunk, length))
+
+    def timed(run: Callable[[], object]) -> dict[str, float]:
+        return median_ms(run, args.device, args.seconds, queued=True)
+
+    times = {name: timed(lambda made_of=made_of: [call.run() for call in made_of]) for name, (made_of, _) in calls.items()}
+    blocks = {name: sum(int(call.index().counts.sum()) for call in made_of) for name, (made_of, _) in calls.items()}
+    [one], _ = calls["one"]
+    backend, scale = resolve_backend(args.backend, one.tensors[0]), args.head_dim**-0.5
+    attend_ms = timed(stage_runs(backend, one.tensors, one.index(), config, scale)["attend"])["median_ms"]
     rows = []
-    for name, (_, same_work) in runs.items():
-        expected = sum(times[other]["median_ms"] for other in same_work)
+    for name, (_, same_work) in calls.items():
+        more_blocks = blocks[name] - sum(blocks[other] for other in same_work)
+        expected = sum(times[other]["median_ms"] for other in same_work) + attend_ms * more_blocks / blocks["one"]
         overhead = times[name]["median_ms"] / expected - 1 if same_work else None
-        rows.append({"length": length, "density": density, "layout": name, **times[name], "overhead": overhead})
+        row = {"length": length, "density": density, "layout": name, "blocks": blocks[name]}
+        rows.append({**row, **times[name], "overhead": overhead})
     return rows
 
 
@@ -107,11 +133,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 def report(result: Result, output: Path) -> None:
     """Print a table, where the JSON is, and the overheads as the last line."""
     cells = [
-        [str(row["length"]), row["layout"], f"{row['density']:.3f}", f"{row['median_ms']:.2f}"]
+        [str(row["length"]), row["layout"], f"{row['density']:.3f}", str(row["blocks"]), f"{row['median_ms']:.2f}"]
         + ["" if row["overhead"] is None else f"{100 * row['overhead']:+.1f}%"]
         for row in result.rows
     ]
-    print(common.format_table(["tokens", "layout", "density", "ms", "against the same work"], cells))
+    print(common.format_table(["tokens", "layout", "density", "blocks", "ms", "against the same work"], cells))
     print(f"wrote {output}")
     overheads = [row for row in result.rows if row["overhead"] is not None]
     print(json.dumps([{k: row[k] for k in ("length", "layout", "overhead")} for row in overheads]))

@@ -69,21 +69,27 @@ def test_layouts_do_the_same_work(monkeypatch, tmp_path, capsys):
     calls = []
 
     def counted(query, key, value, **options):
-        output, index = flash_prefill_attention(query, key, value, **options, return_index=True)
-        calls.append((query.shape[0], query.shape[2], key.shape[2], int(index.counts.sum())))
-        return output
+        calls.append((query.shape[0], query.shape[2], key.shape[2]))
+        return flash_prefill_attention(query, key, value, **options)
 
     monkeypatch.setattr(layout_speed, "flash_prefill_attention", counted)
     path = tmp_path / "layouts.json"
     monkeypatch.setattr(layout_speed, "median_ms", lambda run, *_, **__: (run(), {"median_ms": 1.0})[1])
     options = ["--lengths", "2048", "--chunk", "512", "--density", "0.3", "--device", "cpu", "--output", str(path)]
     assert layout_speed.main(options) == 0
-    assert [call[:3] for call in calls[:4]] == [(1, 2048, 2048), (1, 1024, 1024), (2, 2048, 2048), (2, 2048, 2048)]
-    assert [call[:3] for call in calls[4:]] == [(1, 512, end) for end in (512, 1024, 1536, 2048)]
-    one, half, batch, padded, *chunks = (call[3] for call in calls)
-    assert (batch, padded, sum(chunks)) == (2 * one, one + half, one)
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["overhead"] for row in rows] == [None, None, -0.5, -0.5, 0.0]
+    chunks = [(1, 512, end) for end in (512, 1024, 1536, 2048)]
+    timed = [(1, 2048, 2048), (1, 1024, 1024), (2, 2048, 2048), (2, 2048, 2048), *chunks, *chunks]
+    # Once for its time, once for its lists, and once more for the attention of the whole prompt alone.
+    assert calls == [*timed, *timed, (1, 2048, 2048)]
+    rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
+    one, half, batch, padded, chunked, tails = (row["blocks"] for row in rows.values())
+    assert (batch, padded, chunked) == (2 * one, one + half, one)
+    # In each chunk, of eight heads, two query blocks list what they see; the other two a window of three blocks.
+    assert one == 8 * (1 + 2 + 14 * 3)
+    assert tails == 8 * (sum(2 * end - 1 for end in (4, 8, 12, 16)) + 1 + 2 + 6 * 3)
+    overheads = [row["overhead"] for row in rows.values()]
+    assert overheads[:5] == [None, None, -0.5, -0.5, 0.0]
+    assert overheads[5] == pytest.approx(1 / (tails / one) - 1)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0] == {"length": 2048, "layout": "batch", "overhead": -0.5}
 
 

@@ -71,7 +71,7 @@ MADE = {
         ]
     },
     "layout_speed": {
-        "rows": [{"length": 2048, "layout": "chunked", "density": 0.3, "median_ms": 2.5, "overhead": 0.0625}],
+        "rows": [{"length": 2048, "layout": "chunked", "density": 0.3, "blocks": 360, "median_ms": 2.5, "overhead": 0.0625}],
     },
     "ttft": {
         "rows": [
