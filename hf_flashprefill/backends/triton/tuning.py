@@ -94,7 +94,7 @@ def heads_per_program(heads: int, query_blocks: int, processors: int, is_even: b
     # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: whole prompts
     # 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K. The last 8K of 128K tokens took 884,
     # 860 and 846 us with a local window alone; but with two query blocks in full, as by default, four heads of one of these are
-    # 4096 steps where a multiprocessor has 1460 in all.
+    # 4096 steps where a multiprocessor has 950 in all.
     fewest = (8 if is_even else 7) * processors
     enough = (count for count in (4, 2) if heads % count == 0 and heads // count * query_blocks >= fewest)
     return next(enough, 1)
