@@ -62,7 +62,7 @@ def interrupted(monkeypatch):
 @pytest.fixture
 def layouts(monkeypatch):
     """eval.layout_speed without its work: one row a length, of 1 ms."""
-    row = {"layout": "batch", "density": 0.5, "median_ms": 1.0, "overhead": 0.25}
+    row = {"layout": "batch", "density": 0.5, "blocks": 8, "median_ms": 1.0, "overhead": 0.25}
     monkeypatch.setattr(layout_speed, "measure", lambda length, density, args: [{"length": length} | row])
     return OPTIONS[layout_speed]
 
