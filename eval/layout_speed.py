@@ -22,6 +22,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,11 @@ class Call(NamedTuple):
         return self.run(return_index=True).index
 
 
+def run_all(calls: list[Call]) -> None:
+    for call in calls:
+        call.run()
+
+
 def layout_calls(tensors: Tensors, config: FlashPrefillConfig, chunk: int) -> dict[str, tuple[list[Call], list[str]]]:
     """By name: the calls that a layout is made of, and which layouts are the same work."""
     length = tensors[0].shape[2]
@@ -90,7 +96,7 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
     def timed(run: Callable[[], object]) -> dict[str, float]:
         return median_ms(run, args.device, args.seconds, queued=True)
 
-    times = {name: timed(lambda made_of=made_of: [call.run() for call in made_of]) for name, (made_of, _) in calls.items()}
+    times = {name: timed(partial(run_all, made_of)) for name, (made_of, _) in calls.items()}
     blocks = {name: sum(int(call.index().counts.sum()) for call in made_of) for name, (made_of, _) in calls.items()}
     [one], _ = calls["one"]
     backend, scale = resolve_backend(args.backend, one.tensors[0]), args.head_dim**-0.5

@@ -39,6 +39,28 @@ def test_attention_over_the_same_index(backend, case, device):
     assert_same_output(output, exact.float())
 
 
+@pytest.mark.parametrize(
+    "terms", [{"correction": True}, {"correction": False, "sinks": torch.tensor([-torch.inf, 1.0])}], ids=str
+)
+def test_torch_multiplies_finite_float32_numbers_only(terms, monkeypatch):
+    """A GPU multiplies float32 as sums of TF32 parts, and what minus infinity leaves behind its first part is NaN."""
+    query, key, value, _ = Case(1, 2, 1, 300, 300, 64).tensors(torch.device("cpu"))
+    sdpa, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def checked(*tensors, **options):
+        calls.append(all(tensor.isfinite().all() for tensor in tensors))
+        return sdpa(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", checked)
+    # All blocks are kept, so every mean stands for nothing.
+    config = FlashPrefillConfig(alpha=0, block_size=64, backend="torch", correction=terms["correction"])
+    output = flash_prefill_attention(query, key, value, config=config, sinks=terms.get("sinks"))
+    monkeypatch.undo()
+    assert calls
+    assert all(calls)
+    assert_same_output(output, exact_dense(query, key, value, 0, None, 64**-0.5, sinks=terms.get("sinks")).float())
+
+
 WINDOWS = [1, 65, 200]
 
 

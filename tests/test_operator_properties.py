@@ -42,8 +42,9 @@ def run(call: Call, backend: str, device: torch.device):
     copies = [tensor.clone() for tensor in tensors]
     offset = None if call.offset + call.query_len == call.kv_len else call.offset
     settings = {"config": call.config(backend), "scale": call.scale, "query_offset": offset, "valid_ranges": ranges}
-    terms = {"sliding_window": call.sliding_window, "sinks": None if call.sinks is None else torch.tensor(call.sinks)}
-    settings |= terms | {"sinks": None if call.sinks is None else terms["sinks"].to(device)}
+    sinks = None if call.sinks is None else torch.tensor(call.sinks)
+    terms = {"sliding_window": call.sliding_window, "sinks": sinks}
+    settings |= terms | {"sinks": None if sinks is None else sinks.to(device)}
     with poisoned_memory():
         output, index = flash_prefill_attention(*tensors, return_index=True, **settings)
     assert output.shape == tensors[0].shape

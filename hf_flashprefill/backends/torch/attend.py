@@ -90,7 +90,6 @@ def attend_blocks(
                 added = column_added[part][:, None, :, None]
                 # A weight of zero would not undo a later block's NaN.
                 is_used = added > NOTHING
-                added = added.clamp(min=NOTHING) if added.dtype == torch.float32 else added
                 columns = F.pad(torch.cat([column_keys[source[part]].where(is_used, 0), added], 3), (0, channels - 1))
                 keys = torch.cat([keys, columns], 2)
                 values = torch.cat([values, F.pad(column_values[source[part]].where(is_used, 0), (0, channels))], 2)
@@ -133,15 +132,15 @@ def _further_columns(
     """Softmax columns beside the listed keys: sets of keys and values [sets, 1, C, D], the set that each list reads [lists],
     and what is added to the products of queries and keys before they are scaled [lists, C]. ``key_head`` [lists] counts over
     the batch."""
-    columns = []
+    columns, least = [], NOTHING if key.dtype == torch.float32 else -math.inf
     if means is not None:
         mean_blocks = means[0].shape[2]
         mean_set, tokens = dropped_tokens(index, mean_blocks)
-        added = (tokens.log() / scale).to(key.dtype)
+        added = (tokens.log() / scale).to(key.dtype).clamp(min=least)
         source = key_head * mean_blocks + mean_set.flatten()
         columns.append((*(tensor.flatten(0, 2)[:, None] for tensor in means), source, added.flatten(0, 2)))
     if sinks is not None:
         nothing = key.new_zeros(key.shape[0] * key.shape[1], 1, 1, key.shape[-1])
-        added = (sinks / scale).to(key.dtype)[None, :, None].expand(index.counts.shape)
+        added = (sinks / scale).to(key.dtype).clamp(min=least)[None, :, None].expand(index.counts.shape)
         columns.append((nothing, nothing, key_head, added.reshape(-1, 1)))
     return columns
