@@ -25,7 +25,10 @@ from hf_flashprefill.backends.triton import (
     attend,
     attend_hopper,
     energies,
+    energies_hopper,
+    energy_lists,
     gather,
+    hopper_primitives,
     longest,
     means,
     pool,
@@ -91,10 +94,17 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [tiles.block_n, head_dim]) if tiles.copy_engine else None
     yield (
         "energies",
-        energies._select_energies_kernel.warmup(
-            query, key, described, None, scores, number, counts, 0.1, -1.0, *lengths, 4, 4, 2, 4, 2, *strides, **shape,
-            BLOCK_N=tiles.block_n, BLOCK_LIST=256, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
+        energies._energies_kernel.warmup(
+            query, key, described, None, scores, 0.1, *lengths, 4, 4, *strides, **shape, BLOCK_N=tiles.block_n,
+            HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            enable_fp_fusion=True, grid=(1,),
+        ),
+    )  # fmt: skip
+    yield (
+        "list energies",
+        energy_lists._list_energies_kernel.warmup(
+            query, key, None, scores, number, counts, 0.1, -1.0, *lengths, 4, 4, 2, 4, 2, *strides, **shape,
+            BLOCK_LIST=energy_lists.BLOCK_LIST, num_warps=1, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
 
@@ -182,15 +192,28 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             ),
         )  # fmt: skip
 
+        if head_dim <= 128:
+            means_layout = gl.NVMMASharedLayout.get_default_for([64, head_dim], gl.bfloat16)
+            described = energies_hopper.TensorDescriptor.from_tensor(key.view(-1, head_dim), [64, head_dim], means_layout)
+            yield (
+                "energies_hopper",
+                energies_hopper._energies_hopper_kernel.warmup(
+                    hopper_primitives.describe_rows(query, BLOCK), described, None, scores, 0.1, *lengths, 4, 4, 4, 4,
+                    GROUP=group, HAS_RANGES=False, num_warps=4, enable_fp_fusion=True, grid=(1,),
+                ),
+            )  # fmt: skip
+
         tiles = tuning.hopper_tiles(head_dim)
-        descriptors = [attend_hopper._descriptor(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
+        descriptors = [
+            hopper_primitives.describe_rows(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))
+        ]
         run_means = means.RunMeans(key[:, :, None], key[:, :, None], counts)
         described = attend_hopper._mean_descriptors(run_means, torch.zeros(1, HEADS, 4, 128))
         for name, of_means in (("attend_hopper", [None] * 3), ("attend_hopper means", described)):
             yield (
                 name,
                 attend_hopper._attend_hopper_kernel.warmup(
-                    *descriptors, *of_means, query, None, number, counts, counts, 0.1, *lengths, 4, 4, 4, 2, 4,
+                    *descriptors, *of_means, query, None, number, counts, counts, 0.1, *lengths, 4, 4, 4, 2, 4, HEADS,
                     HEADS, *strides, GROUP=group, STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages,
                     DIRECT_STORE=tiles.direct_store, HAS_RANGES=False, HAS_MEANS=of_means[0] is not None, num_warps=4,
                     enable_fp_fusion=True, grid=(1,),

@@ -9,6 +9,7 @@ from transformers import Cache
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reference, warmup
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.crossover.measure import median_ms
+from hf_flashprefill.geometry import PrefillGeometry
 from hf_flashprefill.stats import LayerRecord
 from hf_flashprefill.support.families import FAMILIES
 from hf_flashprefill.support.matrix import check_column
@@ -158,17 +159,19 @@ def test_an_audit_never_waits_for_the_device_and_its_numbers_arrive():
 
 def test_a_new_length_compiles_nothing():
     from hf_flashprefill.backends.triton.attend_hopper import _attend_hopper_kernel
-    from hf_flashprefill.backends.triton.energies import _select_energies_kernel
+    from hf_flashprefill.backends.triton.energies_hopper import _energies_hopper_kernel
+    from hf_flashprefill.backends.triton.energy_lists import _list_energies_kernel
     from hf_flashprefill.backends.triton.pool import _pool_kernel
     from hf_flashprefill.backends.triton.probe_hopper import _probe_hopper_kernel
     from hf_flashprefill.backends.triton.shares import _list_shares_kernel
 
     kernels = (
         _attend_hopper_kernel,
+        _energies_hopper_kernel,
+        _list_energies_kernel,
         _list_shares_kernel,
         _pool_kernel,
         _probe_hopper_kernel,
-        _select_energies_kernel,
     )
 
     def run(tokens: int) -> int:
@@ -280,6 +283,41 @@ def test_both_probes_find_the_same_blocks(shape, settings, selector, splits, mon
     expected = lists()
     assert not calls
     assert (found != expected).sum() <= 2e-4 * expected.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Case(1, 8, 2, 5000, 5000, 128),
+        Case(1, 28, 4, 700, 20_001, 128),
+        Case(1, 16, 16, 1, 300, 64),
+        Case(3, 12, 2, 1513, 9000, 64, ranges=((0, 9000), (7000, 8900), (8990, 9000)), strided=True),
+        Case(2, 32, 8, 9000, 9000, 128, ranges=((100, 9000), (5000, 5128))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads, dtype, monkeypatch):
+    """The portable one is compared with the reference everywhere; only sums in another order may part them."""
+    from hf_flashprefill.backends.triton import energies, energies_hopper, energy_lists, pool_keys
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the other kernel is for Hopper GPUs")
+    query, key, _, ranges = Case(**{**vars(shape), "dtype": dtype}).tensors(torch.device("cuda"))
+    key[0, :, shape.kv_len - 200] = torch.nan
+    geometry = PrefillGeometry(shape.batch, shape.query_len, shape.kv_len, shape.offset, 128, ranges)
+    means = pool_keys(key, geometry, 128)
+    monkeypatch.setattr(energies_hopper, "energy_heads", lambda *_: heads)
+    assert energy_lists._finding(query, 128) is energies_hopper
+    for first in range(min(3, geometry.query_blocks)):
+        tiles, found = geometry.query_blocks - first, []
+        for kernel in (energies, energies_hopper):
+            scores = query.new_full((*query.shape[:2], tiles, geometry.key_blocks), -77, dtype=torch.float32)
+            kernel.find_energies(energies.EnergyCall(query, means, geometry, scores, first, 0.1))
+            found.append(scores)
+        assert torch.equal(found[0] == -77, found[1] == -77), "one has written where the other has not"
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 def test_graph_capture_replays_the_same_bits():

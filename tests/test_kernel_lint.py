@@ -25,6 +25,7 @@ def test_kernels_compile_clean(capability):
         "attend window sinks",
         "attend means",
         "energies",
+        "list energies",
         "gather",
         "longest_queries",
         "probe",
@@ -35,7 +36,7 @@ def test_kernels_compile_clean(capability):
         "run_means",
         "weigh_means",
     }
-    expected |= {"attend_hopper", "attend_hopper means", "probe_hopper"} if capability == 90 else set()
+    expected |= {"attend_hopper", "attend_hopper means", "energies_hopper", "probe_hopper"} if capability == 90 else set()
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
     for verdict in verdicts:
         # Triton 3.6 lays 12 to 24 bytes aside before the portable kernel's loop; no loop knows of them.

@@ -1,33 +1,29 @@
 import pytest
 
-from hf_flashprefill.backends.triton.tuning import heads_per_program, probe_splits
+from hf_flashprefill.backends.triton.tuning import energy_heads, heads_per_program, probe_splits
 
 
 @pytest.mark.parametrize(
-    ("heads", "query_blocks", "is_even", "expected"),
-    # 132 multiprocessors want 924 programs, or 1056 where all query blocks see about as much.
-    [
-        (32, 512, False, 4),
-        (32, 116, False, 4),
-        (32, 115, False, 2),
-        (32, 58, False, 2),
-        (32, 57, False, 1),
-        (32, 132, True, 4),
-        (32, 131, True, 2),
-        (32, 65, True, 1),
-        (6, 1000, False, 2),
-        (7, 1000, False, 1),
-        (1, 1, True, 1),
-    ],
+    ("heads", "query_blocks", "expected"),
+    # 132 multiprocessors want 924 programs.
+    [(32, 512, 4), (32, 116, 4), (32, 115, 2), (32, 58, 2), (32, 57, 1), (32, 0, 1), (6, 1000, 2), (7, 1000, 1), (1, 1, 1)],
 )
-def test_programs_take_several_heads_where_enough_programs_remain(heads, query_blocks, is_even, expected):
-    assert heads_per_program(heads, query_blocks, processors=132, is_even=is_even, query_stages=2) == expected
+def test_programs_take_several_heads_where_enough_programs_remain(heads, query_blocks, expected):
+    assert heads_per_program(heads, query_blocks, processors=132, query_stages=2) == expected
     assert heads % expected == 0
 
 
-@pytest.mark.parametrize("is_even", [False, True])
-def test_programs_with_one_buffer_of_queries_take_one_head(is_even):
-    assert heads_per_program(32, 512, processors=132, is_even=is_even, query_stages=1) == 1
+def test_programs_with_one_buffer_of_queries_take_one_head():
+    assert heads_per_program(32, 512, processors=132, query_stages=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "pairs", "expected"),
+    # 132 multiprocessors want 119 programs.
+    [(32, 1024, 16), (32, 60, 16), (32, 59, 8), (32, 16, 4), (32, 7, 1), (28, 1000, 4), (7, 1000, 1)],
+)
+def test_programs_of_the_published_rule_take_many_heads(heads, pairs, expected):
+    assert energy_heads(heads, pairs, processors=132) == expected
 
 
 @pytest.mark.parametrize(

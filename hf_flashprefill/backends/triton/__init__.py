@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from . import attend
-from .energies import select_energies
+from .energy_lists import select_energies
 from .means import RunMeans, run_means
 from .pool import _pool_kernel, pool_keys, pool_keys_and_values
 from .primitives import compute_capability

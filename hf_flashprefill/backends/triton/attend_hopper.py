@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .hopper_primitives import as_shape, copy_to_shared, make_barriers, row_span, shared_layout
+from .hopper_primitives import as_shape, copy_to_shared, describe_rows, make_barriers, row_span
 from .means import RunMeans, weigh_means
 from .primitives import copy_engine_takes, launch_context, multiprocessors
 from .tuning import heads_per_program, hopper_tiles
@@ -33,8 +33,9 @@ ROWS = gl.constexpr(64)
 # computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K; now 4 and 2 %.
 MEANS = gl.constexpr(64)
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
-# Query blocks at the end of the prompt are usually attended in full. They start first, or the last to start would run alone.
-LONG_TILES = 4
+# Query blocks at the end of a call are usually attended in full. They start first, each of its heads by itself, or the last
+# to start would run alone.
+LONG_TILES = 2
 
 
 @gluon.jit
@@ -372,6 +373,7 @@ def _load(
         "mean_blocks",
         "head_count",
         "long_tiles",
+        "batch_heads",
     ]
 )
 def _attend_hopper_kernel(
@@ -396,6 +398,7 @@ def _attend_hopper_kernel(
     mean_blocks,
     head_count,
     long_tiles,
+    batch_heads,
     heads,
     stride_ob: gl.int64,
     stride_oh: gl.int64,
@@ -408,19 +411,18 @@ def _attend_hopper_kernel(
     HAS_RANGES: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
-    """One program: one query block of ``head_count`` neighbouring heads against their lists."""
+    """One program: one query block of ``head_count`` neighbouring heads against their lists; of the last ``long_tiles`` query
+    blocks, of one head."""
     HEAD_DIM: gl.constexpr = key_desc.block_type.shape[3]
-    turns = heads // head_count
-    shares = gl.num_programs(0) // tiles
     # Programs of one head run together, so that what they read stays in the L2 cache; the longest first.
     number = gl.program_id(0)
-    is_long = number < long_tiles * shares
-    rest = number - long_tiles * shares
-    share = gl.where(is_long, number % shares, rest // gl.maximum(tiles - long_tiles, 1))
-    back = gl.where(is_long, number // shares, long_tiles + rest % gl.maximum(tiles - long_tiles, 1))
-    tile = tiles - 1 - back
-    batch = share // turns
-    first_head = share % turns * head_count
+    long_programs = long_tiles * batch_heads
+    is_long = number < long_programs
+    rest, rest_tiles = number - long_programs, gl.maximum(tiles - long_tiles, 1)
+    tile = tiles - 1 - gl.where(is_long, number // batch_heads, long_tiles + rest % rest_tiles)
+    row_head = gl.where(is_long, number % batch_heads, rest // rest_tiles * head_count)
+    head_count = gl.where(is_long, 1, head_count)
+    batch, first_head = row_head // heads, row_head % heads
 
     start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
     own = query_begin // BLOCK + first_query_block + tile
@@ -488,14 +490,9 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size
     return all(copy_engine_takes(tensor) for tensor in (query, key, value))
 
 
-def _descriptor(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
-    block = (1, 1, rows, tensor.shape[-1])
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), shared_layout(block, tensor.dtype))
-
-
 def _mean_descriptors(means: RunMeans, weights: torch.Tensor) -> list[TensorDescriptor]:
     lists = weights.flatten(0, 2)
-    described = [_descriptor(tensor.flatten(1, 2), MEANS.value) for tensor in (means.key, means.value)]
+    described = [describe_rows(tensor.flatten(1, 2), MEANS.value) for tensor in (means.key, means.value)]
     layout = MEAN_WEIGHTS_LAYOUT.value
     return [*described, TensorDescriptor(lists, list(lists.shape), list(lists.stride()), [1, MEANS.value], layout)]
 
@@ -517,15 +514,16 @@ def attend_blocks(
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
-    is_even = geometry.is_even(index.first_query_block, index.query_blocks)
-    head_count = heads_per_program(heads, index.query_blocks * batch, multiprocessors(query), is_even, tiles.query_stages)
+    long_tiles = min(LONG_TILES, index.query_blocks)
+    other_tiles = batch * (index.query_blocks - long_tiles)
+    head_count = heads_per_program(heads, other_tiles, multiprocessors(query), tiles.query_stages)
     mean_blocks = 1 if means is None else means.key.shape[2]
     of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks))
     with launch_context(query):
-        _attend_hopper_kernel[index.query_blocks * heads // head_count * batch,](
-            _descriptor(query, ROWS.value),
-            _descriptor(key, tiles.step),
-            _descriptor(value, tiles.step),
+        _attend_hopper_kernel[batch * heads * long_tiles + heads // head_count * other_tiles,](
+            describe_rows(query, ROWS.value),
+            describe_rows(key, tiles.step),
+            describe_rows(value, tiles.step),
             *of_means,
             output,
             geometry.valid_ranges,
@@ -541,7 +539,8 @@ def attend_blocks(
             index.indices.shape[-1],
             mean_blocks,
             head_count,
-            min(LONG_TILES, index.query_blocks),
+            long_tiles,
+            batch * heads,
             heads,
             *output.stride()[:3],
             GROUP=heads // key.shape[1],

@@ -8,6 +8,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Triton renamed the copy; 3.6 knows the one name only, 3.9 the other.
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -18,6 +19,12 @@ def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedL
     """How the copy engine lays out such a block of 16-bit numbers. Kept, because asking anew for every launch takes the host
     longer than the launch."""
     return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def describe_rows(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """For copies of ``rows`` tokens of a tensor [B, H, S, D]."""
+    block = (1, 1, rows, tensor.shape[-1])
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), shared_layout(block, tensor.dtype))
 
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):

@@ -60,6 +60,15 @@ def energy_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) 
     return EnergyTiles(64, num_warps=8, num_stages=2)
 
 
+def energy_heads(heads: int, pairs: int, processors: int) -> int:
+    """How many heads a program of the published rule's Hopper kernel works through, of ``heads`` with ``pairs`` of query blocks
+    each: as many as leave nearly every multiprocessor a program."""
+    # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, two, four, eight and sixteen heads: 22, 19, 19 and 27 us at
+    # 4K tokens, 64, 54, 50 and 52 at 16K, 414, 368, 342 and 335 at 64K, 4.78, 4.55, 4.55 and 4.43 ms at 256K.
+    enough = (n for n in (16, 8, 4, 2) if heads % n == 0 and 10 * (heads // n) * pairs >= 9 * processors)
+    return next(enough, 1)
+
+
 class HopperTiles(NamedTuple):
     """Keys per step, the shared-memory buffers of keys and values, and of queries, and how results are stored.
 
@@ -82,23 +91,21 @@ def hopper_tiles(head_dim: int) -> HopperTiles:
     return HopperTiles(step=128, stages=2 if head_dim == 128 else 4, query_stages=2)
 
 
-def heads_per_program(heads: int, query_blocks: int, processors: int, is_even: bool, query_stages: int) -> int:
-    """How many heads a program of the Hopper attend kernel works through, of ``heads`` with ``query_blocks`` each.
+def heads_per_program(heads: int, query_blocks: int, processors: int, query_stages: int) -> int:
+    """How many heads a program of the Hopper attend kernel works through, of ``heads`` with ``query_blocks`` each that are not
+    expected to be attended in full.
 
     With one buffer of queries it is one: nothing could be loaded ahead. Otherwise, the more, the less often a multiprocessor
-    starts from nothing; but enough programs must remain that the last to end do not count. Where the query blocks see about as
-    much, ``is_even``, as in a chunk after a long prefix, those attended in full are the longer for it.
+    starts from nothing; but enough programs must remain that the last to end do not count.
     """
     if query_stages == 1:
         # H200, head_dim 256, 32 query and 8 key-value heads, bfloat16, one, two and four heads: every block listed 676, 641 and
         # 657 TFLOP/s at 16K tokens, published density 574, 557 and 548 at 64K.
         return 1
     # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: whole prompts
-    # 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K. The last 8K of 128K tokens took 884,
-    # 860 and 846 us with a local window alone; but with two query blocks in full, as by default, four heads of one of these are
-    # 4096 steps where a multiprocessor has 950 in all.
-    fewest = (8 if is_even else 7) * processors
-    enough = (count for count in (4, 2) if heads % count == 0 and heads // count * query_blocks >= fewest)
+    # 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K. The operator on all chunks of 8K:
+    # 3.27, 3.18 and 3.27 ms at 32K, 20.8, 20.3 and 20.9 at 128K.
+    enough = (count for count in (4, 2) if heads % count == 0 and heads // count * query_blocks >= 7 * processors)
     return next(enough, 1)
 
 

@@ -1,0 +1,242 @@
+"""Energies of block means for Hopper GPUs, in Gluon: what ``energies.find_energies`` does, one tile's products under another's
+exponentials.
+
+One warp loads queries and tiles of block means with the bulk tensor copy engine; two warpgroups, a query block each, multiply
+the next tile on the tensor cores while they reduce the last one. A program works through several heads of its query blocks,
+whose first products take the place that a further tile would have.
+
+On an H200 with 32 query and 8 key-value heads, head_dim 128 and bfloat16 the energies take 0.33 ms instead of 0.46 at 64K
+tokens, 1.17 instead of 1.56 at 128K and 4.5 instead of 5.7 at 256K. To issue a product in one piece before the reduction, as
+the attend kernel does, made it 9 % slower.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .energies import EnergyCall
+from .hopper_primitives import copy_to_shared, describe_rows, make_barriers, row_span, shared_layout
+from .primitives import copy_engine_takes, launch_context, multiprocessors
+from .tuning import energy_heads
+
+BLOCK = gl.constexpr(128)
+# Block means of a step.
+TILE = gl.constexpr(64)
+STAGES = gl.constexpr(4)
+# Buffers of queries, so that the next head's arrive while this one's are used.
+QUERY_STAGES = gl.constexpr(2)
+WARPGROUPS = gl.constexpr(2)
+
+
+@gluon.jit
+def _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE: gl.constexpr):
+    """log2 of the energies of some means: products [means, queries] -> [means]; queries before ``first_query`` and from
+    ``end_query`` on are none."""
+    if not IS_WHOLE:
+        column = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, products.type.layout))
+        is_query = (column >= first_query) & (column < end_query)
+        products = gl.where(is_query[None, :], products, float("-inf"))
+    largest = gl.max(products, 1) * scale_log2
+    largest = gl.where(largest == float("-inf"), 0.0, largest)
+    return largest + gl.log2(gl.sum(gl.exp2(products * scale_log2 - largest[:, None]), 1))
+
+
+@gluon.jit
+def _step(products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, place, IS_WHOLE: gl.constexpr):
+    """Reduce the products of step ``number``, of the ``turn``-th head's ``tile``-th tile, while those of the next are made."""
+    query_tiles, mean_tiles, barriers, work, scale_log2 = shared
+    query_full, query_empty, full, empty = barriers
+    total, steps = work
+    first_query, end_query = place
+    HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
+    layout: gl.constexpr = products.type.layout
+    is_last = tile + 1 == total
+    next_tile = gl.where(is_last, 0, tile + 1)
+    next_turn = gl.where(is_last, turn + 1, turn)
+    following = number + 1
+    stage = following % STAGES
+    buffer = next_turn % QUERY_STAGES * WARPGROUPS + warpgroup
+    # After the last step the product reads old buffers; nothing uses what comes of it.
+    mbarrier.wait(full.index(stage), (following // STAGES) & 1, pred=following < steps)
+    mbarrier.wait(query_full.index(buffer), (next_turn // QUERY_STAGES) & 1, pred=following < steps)
+    query = query_tiles.index(buffer).reshape([BLOCK, HEAD_DIM])
+    zeros = gl.zeros([TILE, BLOCK], gl.float32, layout)
+    in_work = warpgroup_mma(mean_tiles.index(stage), query.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    energies = _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE)
+    blocks = tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+    gl.store(targets + turn * turn_stride + blocks, energies, mask=blocks < own)
+    # A wait of its own basic block: without it ptxas moves the product's wait in front of the reduction.
+    mbarrier.wait(full.index((number + 2) % STAGES), ((number + 2) // STAGES) & 1, pred=number + 2 < steps)
+    products = warpgroup_mma_wait(0, deps=[in_work])
+    mbarrier.arrive(empty.index(stage), count=1, pred=following < steps)
+    mbarrier.arrive(query_empty.index(buffer), count=1, pred=(following < steps) & (next_tile + 1 == total))
+    return products, next_tile, next_turn
+
+
+@gluon.jit
+def _score(warpgroup, shared, scored):
+    """One warpgroup: the energies of one query block of each head of the program."""
+    query_tiles, mean_tiles, barriers, work, _ = shared
+    query_full, query_empty, full, empty = barriers
+    total, steps = work
+    energies_ptr, list_row, tiles, width, first_own, last_own, query_begin, query_end = scored
+    HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    own = first_own + warpgroup
+    place = (query_begin - own * BLOCK, query_end - own * BLOCK)
+    is_whole = (own * BLOCK >= query_begin) & ((own + 1) * BLOCK <= query_end)
+    # A warpgroup without a query block of its own keeps in step and stores nothing.
+    own = gl.where(own <= last_own, own, 0)
+    targets = energies_ptr + (list_row + warpgroup) * width
+    turn_stride = tiles * width
+
+    if steps > 0:
+        mbarrier.wait(query_full.index(warpgroup), 0)
+        mbarrier.wait(full.index(0), 0)
+        query = query_tiles.index(warpgroup).reshape([BLOCK, HEAD_DIM])
+        zeros = gl.zeros([TILE, BLOCK], gl.float32, layout)
+        products = warpgroup_mma(mean_tiles.index(0), query.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        products = warpgroup_mma_wait(0, deps=[products])
+        mbarrier.arrive(empty.index(0), count=1)
+        mbarrier.arrive(query_empty.index(warpgroup), count=1, pred=total == 1)
+        tile = total * 0
+        turn = total * 0
+        if is_whole:
+            # Two by two, so that products never move from register to register.
+            for pair in range(steps // 2):
+                for second in gl.static_range(2):
+                    products, tile, turn = _step(
+                        products, 2 * pair + second, tile, turn, shared, warpgroup, own, targets, turn_stride, place, True
+                    )
+            for number in range(steps // 2 * 2, steps):
+                products, tile, turn = _step(
+                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, place, True
+                )
+        else:
+            for number in range(steps):
+                products, tile, turn = _step(
+                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, place, False
+                )
+
+
+@gluon.jit
+def _load(shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, head_count, GROUP: gl.constexpr):
+    """The loading warp: queries of each head, then the tiles of block means."""
+    query_tiles, mean_tiles, barriers, work, _ = shared
+    query_full, query_empty, full, empty = barriers
+    total, _ = work
+    for turn in range(head_count):
+        head = first_head + turn
+        for warpgroup in gl.static_range(WARPGROUPS):
+            buffer = turn % QUERY_STAGES * WARPGROUPS + warpgroup
+            mbarrier.wait(query_empty.index(buffer), ((turn // QUERY_STAGES) & 1) ^ 1)
+            mbarrier.expect(query_full.index(buffer), query_desc.block_type.nbytes)
+            coordinates = [batch, head, first_row + warpgroup * BLOCK, 0]
+            copy_to_shared(query_desc, coordinates, query_full.index(buffer), query_tiles.index(buffer))
+        mean_row = (batch * (heads // GROUP) + head // GROUP) * key_blocks
+        for tile in range(total):
+            number = turn * total + tile
+            stage = number % STAGES
+            mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), means_desc.block_type.nbytes)
+            copy_to_shared(means_desc, [mean_row + tile * TILE, 0], full.index(stage), mean_tiles.index(stage))
+
+
+@gluon.jit(
+    do_not_specialize=["kv_len", "query_len", "query_offset", "first_query_block", "key_blocks", "tiles", "width", "head_count"]
+)
+def _energies_hopper_kernel(
+    query_desc,
+    means_desc,
+    ranges_ptr,
+    energies_ptr,
+    scale_log2,
+    kv_len,
+    query_len,
+    query_offset,
+    first_query_block,
+    key_blocks,
+    tiles,
+    width,
+    head_count,
+    GROUP: gl.constexpr,
+    HAS_RANGES: gl.constexpr,
+):
+    """One program: WARPGROUPS neighbouring query blocks of ``head_count`` neighbouring heads."""
+    HEAD_DIM: gl.constexpr = means_desc.block_type.shape[1]
+    first_head, batch = gl.program_id(0) * head_count, gl.program_id(2)
+    heads = gl.num_programs(0) * head_count
+    # The longest first, or the last to start would run alone.
+    first_tile = (gl.num_programs(1) - 1 - gl.program_id(1)) * WARPGROUPS
+    start, query_begin, query_end, _ = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    first_own = query_begin // BLOCK + first_query_block + first_tile
+    last_own = gl.minimum(first_own + gl.minimum(WARPGROUPS, tiles - first_tile), gl.cdiv(query_end, BLOCK)) - 1
+    is_empty = (last_own < first_own) | (query_end <= query_begin)
+    total = gl.where(is_empty, 0, gl.cdiv(last_own, TILE))
+
+    buffers: gl.constexpr = QUERY_STAGES * WARPGROUPS
+    query_tiles = gl.allocate_shared_memory(query_desc.dtype, [buffers, 1, 1, BLOCK, HEAD_DIM], query_desc.layout)
+    mean_tiles = gl.allocate_shared_memory(means_desc.dtype, [STAGES, TILE, HEAD_DIM], means_desc.layout)
+    barriers = (
+        make_barriers(QUERY_STAGES * WARPGROUPS, 1),
+        make_barriers(QUERY_STAGES * WARPGROUPS, 1),
+        make_barriers(STAGES, 1),
+        make_barriers(STAGES, WARPGROUPS),
+    )
+    fence_async_shared()
+
+    first_row = start - query_offset + first_own * BLOCK
+    list_row = (batch * heads + first_head).to(gl.int64) * tiles + first_tile
+    shared = (query_tiles, mean_tiles, barriers, (total, total * head_count), scale_log2)
+    scored = (energies_ptr, list_row, tiles, width.to(gl.int64), first_own, last_own, query_begin, query_end)
+    loading_turns = gl.where(total > 0, head_count, 0)
+    gl.warp_specialize(
+        [
+            (_score, (0, shared, scored)),
+            (_score, (1, shared, scored)),
+            (_load, (shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, loading_turns, GROUP)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def fits(query: torch.Tensor, block_size: int) -> bool:
+    """Whether this kernel can take such queries: 16-bit, head_dim 64 or 128, strides the copy engine accepts."""
+    is_16_bit = query.dtype != torch.float32
+    return block_size == BLOCK and is_16_bit and query.shape[-1] in (64, 128) and copy_engine_takes(query)
+
+
+def find_energies(call: EnergyCall) -> None:
+    """Write ``call.energies`` for what ``fits``."""
+    batch, heads, _, head_dim = call.query.shape
+    tiles, width = call.energies.shape[2:]
+    pairs = -(-tiles // WARPGROUPS.value)
+    head_count = energy_heads(heads, pairs * batch, multiprocessors(call.query))
+    block = (TILE.value, head_dim)
+    means = call.means.view(-1, head_dim)
+    with launch_context(call.query):
+        _energies_hopper_kernel[heads // head_count, pairs, batch](
+            describe_rows(call.query, BLOCK.value),
+            TensorDescriptor.from_tensor(means, list(block), shared_layout(block, means.dtype)),
+            call.geometry.valid_ranges,
+            call.energies,
+            call.scale_log2,
+            *call.numbers(),
+            tiles,
+            width,
+            head_count,
+            GROUP=heads // call.means.shape[1],
+            HAS_RANGES=call.geometry.valid_ranges is not None,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
