@@ -14,7 +14,16 @@ from triton.runtime.jit import JITFunction
 
 from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attention, warming
 from hf_flashprefill.backends import triton as triton_backend
-from hf_flashprefill.backends.triton import attend, attend_hopper, probe, probe_hopper, shares
+from hf_flashprefill.backends.triton import (
+    attend,
+    attend_hopper,
+    energies,
+    energies_hopper,
+    energy_lists,
+    probe,
+    probe_hopper,
+    shares,
+)
 from hf_flashprefill.crossover import LayerShape
 from tests.compile_kernels import OfflineDriver
 
@@ -47,7 +56,16 @@ def attend_with_both(query, key, value, index, *, scale, output, **terms) -> Non
         attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, **further)
 
 
-def select_with_both(query, pooled, geometry, *, query_stride, **rule) -> BlockIndex:
+def select_energies_with_both(query, means, geometry, **rule) -> BlockIndex:
+    """In place of the choice between the portable and the Hopper kernel of the published rule."""
+    for finding in (energies, energies_hopper):
+        if finding is energies or energies_hopper.fits(query, geometry.block_size):
+            energy_lists._finding = lambda *_, chosen=finding: chosen
+            index = energy_lists.select_energies(query, means, geometry, **rule)
+    return index
+
+
+def select_shares_with_both(query, pooled, geometry, *, query_stride, **rule) -> BlockIndex:
     """In place of the choice between the portable and the Hopper probe."""
     for probing in (probe, probe_hopper):
         if probing is probe or probe_hopper.fits(query, geometry.block_size, query_stride):
@@ -89,7 +107,8 @@ if __name__ == "__main__":
     driver.set_active(OfflineDriver(90))
     triton_backend.obstacle = lambda query: None
     triton_backend.attend_blocks = attend_with_both
-    triton_backend.select_shares = select_with_both
+    triton_backend.select_energies = select_energies_with_both
+    triton_backend.select_shares = select_shares_with_both
     for name, dim, kind in (
         ("blend", 80, torch.bfloat16),
         ("blend", 128, torch.bfloat16),
