@@ -22,137 +22,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .hopper_primitives import as_shape, copy_to_shared, describe_rows, make_barriers, row_span
+from .attend_hopper_steps import (
+    MEAN_WEIGHTS_LAYOUT,
+    MEANS,
+    causal,
+    compute_step,
+    issue_products,
+    load_means,
+    load_step,
+    softmax_step,
+)
+from .hopper_primitives import copy_to_shared, describe_rows, make_barriers, row_span
 from .means import RunMeans, weigh_means
 from .primitives import copy_engine_takes, launch_context, multiprocessors
 from .tuning import heads_per_program, hopper_tiles
 
 BLOCK = gl.constexpr(128)
 ROWS = gl.constexpr(64)
-# Means per step; there are 64 in all at 64K tokens. H200, published densities: in steps of 128, with weights loaded by the
-# computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K; now 4 and 2 %.
-MEANS = gl.constexpr(64)
-MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 # Query blocks at the end of a call are usually attended in full. They start first, each of its heads by itself, or the last
 # to start would run alone.
 LONG_TILES = 2
-
-
-@gluon.jit
-def _softmax_step(logits, running_max, running_sum, scale_log2):
-    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by."""
-    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
-    weights = gl.exp2(logits * scale_log2 - new_max[:, None])
-    rescale = gl.exp2(running_max - new_max)
-    return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
-
-
-@gluon.jit
-def _zero_rows_from(tile, first_unused):
-    """Zero the rows of a shared value tile from ``first_unused`` on: weight 0 times a NaN in padding would still be NaN."""
-    KEYS: gl.constexpr = tile.shape[0]
-    HEAD_DIM: gl.constexpr = tile.shape[1]
-    # In parts of 32 rows, which leaves the registers to the product that waits for this.
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, KEYS, 32):
-        part = tile.slice(first, 32)
-        row = first + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
-        values = part.load(layout)
-        part.store(gl.where(row[:, None] < first_unused, values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon.jit
-def _causal(logits, own_row, first_key, layout: gl.constexpr):
-    """Logits of the query block's own key block without what lies after each query."""
-    QUERIES: gl.constexpr = logits.shape[0]
-    KEYS: gl.constexpr = logits.shape[1]
-    row = own_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
-    column = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
-    return gl.where(row[:, None] >= column[None, :], logits, float("-inf"))
-
-
-@gluon.jit
-def _tile(tiles, stage, ROWS: gl.constexpr):
-    """Keys or values of one stage [ROWS, D], of which means fill the first part of a buffer."""
-    HEAD_DIM: gl.constexpr = tiles.shape[4]
-    if tiles.shape[3] == ROWS:
-        return tiles.index(stage).reshape([ROWS, HEAD_DIM])
-    return as_shape(tiles.index(stage), [1, 1, ROWS, HEAD_DIM]).reshape([ROWS, HEAD_DIM])
-
-
-@gluon.jit
-def _issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr, pred):
-    """Start query x keys of step ``now`` and weights x values of the step before it; both run while this returns."""
-    _, key_tiles, value_tiles, _ = buffers
-    _, _, key_full, _, value_full, _ = barriers
-    STAGES: gl.constexpr = key_tiles.shape[0]
-    stage = now % STAGES
-    mbarrier.wait(key_full.index(stage), (now // STAGES) & 1, pred=pred)
-    key = _tile(key_tiles, stage, zeros.shape[1])
-    logits = warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    stage = (now - 1) % STAGES
-    mbarrier.wait(value_full.index(stage), ((now - 1) // STAGES) & 1)
-    value = _tile(value_tiles, stage, weights.shape[1])
-    if HAS_UNUSED:  # noqa: SIM102  (the outer one is decided at compile time)
-        if unused_from < value.shape[0]:
-            _zero_rows_from(value, unused_from)
-    result = warpgroup_mma(weights, value, result, is_async=True)
-    return logits, result
-
-
-@gluon.jit
-def _step(
-    query,
-    weights,
-    result,
-    running_max,
-    running_sum,
-    zeros,
-    buffers,
-    barriers,
-    now,
-    is_last,
-    first,
-    limit,
-    unused_from,
-    scale_log2,
-    KIND: gl.constexpr,
-    HAS_UNUSED: gl.constexpr,
-):
-    """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
-
-    KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
-    ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
-    """
-    _, _, key_full, key_empty, _, value_empty = barriers
-    STAGES: gl.constexpr = buffers[1].shape[0]
-    logits_layout: gl.constexpr = zeros.type.layout
-    weights_layout: gl.constexpr = weights.type.layout
-    result_layout: gl.constexpr = result.type.layout
-    logits_in_work, result_in_work = _issue_products(
-        query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED, True
-    )
-    if KIND == "means":
-        log2_tokens = buffers[3].index(now % STAGES).reshape([MEANS]).load(gl.SliceLayout(0, logits_layout))
-    logits = warpgroup_mma_wait(1, deps=[logits_in_work])
-    mbarrier.arrive(key_empty.index(now % STAGES), count=1)
-    if KIND == "own":
-        logits = _causal(logits, limit, first, logits_layout)
-    if KIND == "means":
-        # NaN, of what lies behind the last mean, must not come back from a weight of nothing.
-        is_used = (log2_tokens >= 0)[None, :]
-        logits = gl.where(is_used, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
-        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, 1.0)
-    else:
-        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2)
-    next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
-    # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
-    mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
-    result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
-    mbarrier.arrive(value_empty.index((now - 1) % STAGES), count=1)
-    result = result * gl.convert_layout(rescale, gl.SliceLayout(1, result_layout))[:, None]
-    return next_weights, result, running_max, running_sum
 
 
 @gluon.jit
@@ -206,8 +95,8 @@ def _compute(
         logits = warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=[logits])
         mbarrier.arrive(key_empty.index(0), count=1)
-        logits = _causal(logits, own_row, 0, logits_layout)
-        weights, running_max, running_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
+        logits = causal(logits, own_row, 0, logits_layout)
+        weights, running_max, running_sum, rescale = softmax_step(logits, no_max, no_sum, scale_log2)
         weights = gl.convert_layout(weights.to(dtype), weights_layout)
         result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
 
@@ -219,13 +108,13 @@ def _compute(
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
             # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
             for step in range(1, PARTS):
-                weights, result, running_max, running_sum = _step(
+                weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
                     step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, "own", HAS_RANGES,
                 )  # fmt: skip
             for step in range(PARTS, listed_steps):
                 unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
-                weights, result, running_max, running_sum = _step(
+                weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
                     0, 0, unused_from, scale_log2, "listed", HAS_RANGES,
                 )  # fmt: skip
@@ -235,12 +124,12 @@ def _compute(
                 # One step at least, so that the shape of the last weights is known.
                 mean_max = gl.convert_layout(running_max, mean_row_layout)
                 mean_sum = gl.convert_layout(running_sum, mean_row_layout)
-                last_weights, result, mean_max, mean_sum = _step(
+                last_weights, result, mean_max, mean_sum = compute_step(
                     query, weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + listed_steps,
                     mean_steps == 1, 0, 0, unused_from, scale_log2, "means", HAS_RANGES,
                 )  # fmt: skip
                 for step in range(listed_steps + 1, steps):
-                    last_weights, result, mean_max, mean_sum = _step(
+                    last_weights, result, mean_max, mean_sum = compute_step(
                         query, last_weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + step,
                         step + 1 == steps, 0, 0, MEANS, scale_log2, "means", False,
                     )  # fmt: skip
@@ -255,13 +144,13 @@ def _compute(
             phase = ((turn + 1) // QUERY_STAGES) & 1
             mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
             query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
-            logits_in_work, result_in_work = _issue_products(
+            logits_in_work, result_in_work = issue_products(
                 query, last_weights, result, zeros, buffers, barriers, done, unused_from, HAS_RANGES or HAS_MEANS, is_more
             )
             logits = warpgroup_mma_wait(1, deps=[logits_in_work])
             mbarrier.arrive(key_empty.index(done % STAGES), count=1, pred=is_more)
-            logits = _causal(logits, own_row, 0, logits_layout)
-            next_weights, next_max, next_sum, rescale = _softmax_step(logits, no_max, no_sum, scale_log2)
+            logits = causal(logits, own_row, 0, logits_layout)
+            next_weights, next_max, next_sum, rescale = softmax_step(logits, no_max, no_sum, scale_log2)
             next_weights = gl.convert_layout(next_weights.to(dtype), weights_layout)
             mbarrier.wait(query_full.index(buffer), phase, pred=is_more)
             result, last_weights = warpgroup_mma_wait(0, deps=[result_in_work, last_weights])
@@ -275,41 +164,6 @@ def _compute(
             gl.store(target, gl.convert_layout(result.to(dtype), store_layout), mask=is_query[:, None])
             weights, running_max, running_sum = next_weights, next_max, next_sum
             result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
-
-
-@gluon.jit
-def _load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
-    """Fetch keys and values of step ``now`` as soon as their buffers are free."""
-    _, key_tiles, value_tiles, _ = buffers
-    _, _, key_full, key_empty, value_full, value_empty = barriers
-    STAGES: gl.constexpr = key_tiles.shape[0]
-    stage = now % STAGES
-    phase = ((now // STAGES) & 1) ^ 1
-    mbarrier.wait(key_empty.index(stage), phase)
-    mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
-    copy_to_shared(key_desc, coordinates, key_full.index(stage), key_tiles.index(stage))
-    mbarrier.wait(value_empty.index(stage), phase)
-    mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-    copy_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
-
-
-@gluon.jit
-def _load_means(descriptors, head, list_row, first_mean, buffers, barriers, now):
-    """Fetch the means from the ``first_mean`` on, and their weights, as step ``now``."""
-    _, key_tiles, value_tiles, mean_weights = buffers
-    _, _, key_full, key_empty, value_full, value_empty = barriers
-    _, _, _, key_desc, value_desc, weights_desc = descriptors
-    STAGES: gl.constexpr = key_tiles.shape[0]
-    shape: gl.constexpr = key_desc.block_type.shape
-    stage = now % STAGES
-    phase = ((now // STAGES) & 1) ^ 1
-    mbarrier.wait(key_empty.index(stage), phase)
-    mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes + weights_desc.block_type.nbytes)
-    copy_to_shared(weights_desc, [list_row, first_mean], key_full.index(stage), mean_weights.index(stage))
-    copy_to_shared(key_desc, head + [first_mean, 0], key_full.index(stage), as_shape(key_tiles.index(stage), shape))
-    mbarrier.wait(value_empty.index(stage), phase)
-    mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-    copy_to_shared(value_desc, head + [first_mean, 0], value_full.index(stage), as_shape(value_tiles.index(stage), shape))
 
 
 @gluon.jit
@@ -352,13 +206,13 @@ def _load(
             # The list ends with the block's own number, which is computed first.
             block = gl.load(listed + step // PARTS - 1, mask=step >= PARTS, other=own)
             coordinates = [batch, head // GROUP, start + block * BLOCK + step % PARTS * STEP, 0]
-            _load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
+            load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
         done += steps
         if HAS_MEANS:
             for step in range(mean_steps):
                 mean_head = [batch, mean_set + head // GROUP * mean_blocks]
                 list_row = first_list + turn * list_stride
-                _load_means(descriptors, mean_head, list_row, step * MEANS, buffers, barriers, done + step)
+                load_means(descriptors, mean_head, list_row, step * MEANS, buffers, barriers, done + step)
             done += mean_steps
 
 

@@ -1,0 +1,176 @@
+"""One step of the Hopper attend kernel: what the loading warp fetches for it and what a warpgroup computes with it.
+
+A step is a tile of keys and values, those of a listed block or of a part of it, or a tile of means. While a warpgroup's weights
+of one step multiply values on the tensor cores, it takes the exponentials of the next: a step's products are issued in one go,
+query x keys of this step and weights x values of the step before, and only the first is waited for before the softmax.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .hopper_primitives import as_shape, copy_to_shared
+
+# Means per step; there are 64 in all at 64K tokens. H200, published densities: in steps of 128, with weights loaded by the
+# computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K; now 4 and 2 %.
+MEANS = gl.constexpr(64)
+MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
+
+
+@gluon.jit
+def softmax_step(logits, running_max, running_sum, scale_log2):
+    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by."""
+    new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
+    weights = gl.exp2(logits * scale_log2 - new_max[:, None])
+    rescale = gl.exp2(running_max - new_max)
+    return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
+
+
+@gluon.jit
+def _zero_rows_from(tile, first_unused):
+    """Zero the rows of a shared value tile from ``first_unused`` on: weight 0 times a NaN in padding would still be NaN."""
+    KEYS: gl.constexpr = tile.shape[0]
+    HEAD_DIM: gl.constexpr = tile.shape[1]
+    # In parts of 32 rows, which leaves the registers to the product that waits for this.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    for first in gl.static_range(0, KEYS, 32):
+        part = tile.slice(first, 32)
+        row = first + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+        values = part.load(layout)
+        part.store(gl.where(row[:, None] < first_unused, values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def causal(logits, own_row, first_key, layout: gl.constexpr):
+    """Logits of the query block's own key block without what lies after each query."""
+    QUERIES: gl.constexpr = logits.shape[0]
+    KEYS: gl.constexpr = logits.shape[1]
+    row = own_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
+    column = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    return gl.where(row[:, None] >= column[None, :], logits, float("-inf"))
+
+
+@gluon.jit
+def _tile(tiles, stage, ROWS: gl.constexpr):
+    """Keys or values of one stage [ROWS, D], of which means fill the first part of a buffer."""
+    HEAD_DIM: gl.constexpr = tiles.shape[4]
+    if tiles.shape[3] == ROWS:
+        return tiles.index(stage).reshape([ROWS, HEAD_DIM])
+    return as_shape(tiles.index(stage), [1, 1, ROWS, HEAD_DIM]).reshape([ROWS, HEAD_DIM])
+
+
+@gluon.jit
+def issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr, pred):
+    """Start query x keys of step ``now`` and weights x values of the step before it; both run while this returns."""
+    _, key_tiles, value_tiles, _ = buffers
+    _, _, key_full, _, value_full, _ = barriers
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    stage = now % STAGES
+    mbarrier.wait(key_full.index(stage), (now // STAGES) & 1, pred=pred)
+    key = _tile(key_tiles, stage, zeros.shape[1])
+    logits = warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    stage = (now - 1) % STAGES
+    mbarrier.wait(value_full.index(stage), ((now - 1) // STAGES) & 1)
+    value = _tile(value_tiles, stage, weights.shape[1])
+    if HAS_UNUSED:  # noqa: SIM102  (the outer one is decided at compile time)
+        if unused_from < value.shape[0]:
+            _zero_rows_from(value, unused_from)
+    result = warpgroup_mma(weights, value, result, is_async=True)
+    return logits, result
+
+
+@gluon.jit
+def compute_step(
+    query,
+    weights,
+    result,
+    running_max,
+    running_sum,
+    zeros,
+    buffers,
+    barriers,
+    now,
+    is_last,
+    first,
+    limit,
+    unused_from,
+    scale_log2,
+    KIND: gl.constexpr,
+    HAS_UNUSED: gl.constexpr,
+):
+    """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
+
+    KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
+    ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
+    """
+    _, _, key_full, key_empty, _, value_empty = barriers
+    STAGES: gl.constexpr = buffers[1].shape[0]
+    logits_layout: gl.constexpr = zeros.type.layout
+    weights_layout: gl.constexpr = weights.type.layout
+    result_layout: gl.constexpr = result.type.layout
+    logits_in_work, result_in_work = issue_products(
+        query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED, True
+    )
+    if KIND == "means":
+        log2_tokens = buffers[3].index(now % STAGES).reshape([MEANS]).load(gl.SliceLayout(0, logits_layout))
+    logits = warpgroup_mma_wait(1, deps=[logits_in_work])
+    mbarrier.arrive(key_empty.index(now % STAGES), count=1)
+    if KIND == "own":
+        logits = causal(logits, limit, first, logits_layout)
+    if KIND == "means":
+        # NaN, of what lies behind the last mean, must not come back from a weight of nothing.
+        is_used = (log2_tokens >= 0)[None, :]
+        logits = gl.where(is_used, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
+        next_weights, running_max, running_sum, rescale = softmax_step(logits, running_max, running_sum, 1.0)
+    else:
+        next_weights, running_max, running_sum, rescale = softmax_step(logits, running_max, running_sum, scale_log2)
+    next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
+    # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
+    mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
+    result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
+    mbarrier.arrive(value_empty.index((now - 1) % STAGES), count=1)
+    result = result * gl.convert_layout(rescale, gl.SliceLayout(1, result_layout))[:, None]
+    return next_weights, result, running_max, running_sum
+
+
+@gluon.jit
+def load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
+    """Fetch keys and values of step ``now`` as soon as their buffers are free."""
+    _, key_tiles, value_tiles, _ = buffers
+    _, _, key_full, key_empty, value_full, value_empty = barriers
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    stage = now % STAGES
+    phase = ((now // STAGES) & 1) ^ 1
+    mbarrier.wait(key_empty.index(stage), phase)
+    mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes)
+    copy_to_shared(key_desc, coordinates, key_full.index(stage), key_tiles.index(stage))
+    mbarrier.wait(value_empty.index(stage), phase)
+    mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
+    copy_to_shared(value_desc, coordinates, value_full.index(stage), value_tiles.index(stage))
+
+
+@gluon.jit
+def load_means(descriptors, head, list_row, first_mean, buffers, barriers, now):
+    """Fetch the means from the ``first_mean`` on, and their weights, as step ``now``."""
+    _, key_tiles, value_tiles, mean_weights = buffers
+    _, _, key_full, key_empty, value_full, value_empty = barriers
+    _, _, _, key_desc, value_desc, weights_desc = descriptors
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    shape: gl.constexpr = key_desc.block_type.shape
+    stage = now % STAGES
+    phase = ((now // STAGES) & 1) ^ 1
+    mbarrier.wait(key_empty.index(stage), phase)
+    mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes + weights_desc.block_type.nbytes)
+    copy_to_shared(weights_desc, [list_row, first_mean], key_full.index(stage), mean_weights.index(stage))
+    copy_to_shared(key_desc, head + [first_mean, 0], key_full.index(stage), as_shape(key_tiles.index(stage), shape))
+    mbarrier.wait(value_empty.index(stage), phase)
+    mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
+    copy_to_shared(value_desc, head + [first_mean, 0], value_full.index(stage), as_shape(value_tiles.index(stage), shape))
