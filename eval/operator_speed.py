@@ -191,15 +191,16 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
 
 
 @contextlib.contextmanager
-def portable_attention() -> Iterator[None]:
-    """Inside, Hopper GPUs attend with the portable Triton kernel, too."""
+def portable_kernels() -> Iterator[None]:
+    """Inside, Hopper GPUs select and attend with the portable Triton kernels, too."""
     from hf_flashprefill.backends import triton
+    from hf_flashprefill.backends.triton import energy_lists, shares
 
-    hopper, triton.attend_hopper = triton.attend_hopper, None
-    try:
+    with contextlib.ExitStack() as restored:
+        for module, name in ((triton, "attend_hopper"), (energy_lists, "energies_hopper"), (shares, "probe_hopper")):
+            restored.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, None)
         yield
-    finally:
-        triton.attend_hopper = hopper
 
 
 def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
     add_tensor_arguments(parser)
-    parser.add_argument("--portable", action="store_true", help="attend with the portable Triton kernel on Hopper, too")
+    parser.add_argument("--portable", action="store_true", help="use the portable Triton kernels on Hopper, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="quick look: at most this many lengths of each head dim and batch")
     parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-DATE-DEVICE.json)")
@@ -345,7 +346,7 @@ def main(argv: list[str]) -> int:
     names = [f"{i}/{length}" for i, (length, *_) in enumerate(shapes)]
     run = operator_run("operator_speed", args, backend.__name__, args.config)
     output = args.output or dated_output("benchmarks/results", "operator", run)
-    with torch.no_grad(), portable_attention() if args.portable else contextlib.nullcontext():
+    with torch.no_grad(), portable_kernels() if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1

@@ -58,9 +58,9 @@ def attend_with_both(query, key, value, index, *, scale, output, **terms) -> Non
 
 def select_energies_with_both(query, means, geometry, **rule) -> BlockIndex:
     """In place of the choice between the portable and the Hopper kernel of the published rule."""
-    for finding in (energies, energies_hopper):
-        if finding is energies or energies_hopper.fits(query, geometry.block_size):
-            energy_lists._finding = lambda *_, chosen=finding: chosen
+    for scoring in (energies, energies_hopper):
+        if scoring is energies or energies_hopper.fits(query, geometry.block_size):
+            energy_lists._scoring = lambda *_, chosen=scoring: chosen
             index = energy_lists.select_energies(query, means, geometry, **rule)
     return index
 

@@ -49,6 +49,20 @@ def test_a_peer_is_timed_on_the_same_tensors_and_lists(tmp_path):
         operator_speed.main([*arguments, "--portable"])
 
 
+def test_portable_sets_every_gluon_kernel_aside_and_puts_it_back():
+    from hf_flashprefill.backends import triton
+    from hf_flashprefill.backends.triton import energy_lists, shares
+
+    def kernels():
+        return triton.attend_hopper, energy_lists.energies_hopper, shares.probe_hopper
+
+    before = kernels()
+    assert None not in before
+    with operator_speed.portable_kernels():
+        assert kernels() == (None, None, None)
+    assert kernels() == before
+
+
 def test_a_failing_gate_prints_no_speed(monkeypatch, capsys, tmp_path):
     from hf_flashprefill.backends import torch as backend
 

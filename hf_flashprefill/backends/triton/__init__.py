@@ -16,7 +16,7 @@ from . import attend
 from .energy_lists import select_energies
 from .means import RunMeans, run_means
 from .pool import _pool_kernel, pool_keys, pool_keys_and_values
-from .primitives import compute_capability
+from .primitives import is_hopper
 from .shares import select_shares
 
 try:
@@ -79,9 +79,8 @@ def attend_blocks(
 
     The further terms of the softmax are those of ``attend.attend_blocks``; of them the Hopper kernel has the means alone.
     """
-    on_hopper = query.is_cuda and compute_capability(query)[0] == 9 and attend_hopper is not None
-    is_plain = sliding_window is None and sinks is None
-    if is_plain and on_hopper and attend_hopper.fits(query, key, value, index.geometry.block_size):
+    has_kernel = attend_hopper is not None and is_hopper(query) and sliding_window is None and sinks is None
+    if has_kernel and attend_hopper.fits(query, key, value, index.geometry.block_size):
         attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, means=means)
     else:
         attend.attend_blocks(

@@ -19,14 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_primitives import as_shape, copy_to_shared
 
 # Means per step; there are 64 in all at 64K tokens. H200, published densities: in steps of 128, with weights loaded by the
-# computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K; now 4 and 2 %.
+# computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K; now at most 4 and 3 %.
 MEANS = gl.constexpr(64)
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 
 
 @gluon.jit
 def softmax_step(logits, running_max, running_sum, scale_log2):
-    """Weights of one step, the new maximum and sum, and the factor that earlier results shrink by."""
+    """Weights float32 [queries, keys] of one step's logits; per query the new maximum and sum, and the factor that earlier
+    results shrink by."""
     new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
     weights = gl.exp2(logits * scale_log2 - new_max[:, None])
     rescale = gl.exp2(running_max - new_max)
@@ -50,7 +51,8 @@ def _zero_rows_from(tile, first_unused):
 
 @gluon.jit
 def causal(logits, own_row, first_key, layout: gl.constexpr):
-    """Logits of the query block's own key block without what lies after each query."""
+    """Logits [queries, keys] of the query block's own key block without what lies after each query; the first are those of the
+    block's query ``own_row`` and key ``first_key``."""
     QUERIES: gl.constexpr = logits.shape[0]
     KEYS: gl.constexpr = logits.shape[1]
     row = own_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
@@ -69,7 +71,8 @@ def _tile(tiles, stage, ROWS: gl.constexpr):
 
 @gluon.jit
 def issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr, pred):
-    """Start query x keys of step ``now`` and weights x values of the step before it; both run while this returns."""
+    """Start query x keys of step ``now``, [queries, keys], and weights x values of the step before it, [queries, D]; both run
+    while this returns. Values from ``unused_from`` on are of no key."""
     _, key_tiles, value_tiles, _ = buffers
     _, _, key_full, _, value_full, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
@@ -107,6 +110,9 @@ def compute_step(
     HAS_UNUSED: gl.constexpr,
 ):
     """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
+
+    ``weights`` [queries, keys] are those of the step before, ``result`` [queries, D] is what the steps before that add up to,
+    ``running_max`` and ``running_sum`` [queries] go with the weights. Returns the same four of this step.
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
     ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.

@@ -5,7 +5,7 @@ The product is taken transposed, means x queries: energies then reduce along a r
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,8 +18,16 @@ from .tuning import energy_tiles
 
 
 class EnergyCall(NamedTuple):
-    """What a kernel needs to write the energies float32 [B, Hq, T, width] of ``query_blocks`` T: those of the blocks before a
-    query block's own; what else there is stays as it is. ``scale_log2`` makes logits to base 2 of products."""
+    """What a kernel needs to score the blocks before each query block's own.
+
+    Attributes:
+        query: [B, Hq, Sq, D], last dimension dense.
+        means: [B, Hkv, N, D], mean key of each block, in the queries' dtype.
+        geometry: Of the prefill call.
+        energies: float32 [B, Hq, T, K] to write, log2; entries from a query block's own on stay as they are.
+        first_query_block: Which of the geometry's query blocks is the first of the T.
+        scale_log2: What makes base-2 logits of products of queries and means.
+    """
 
     query: torch.Tensor
     means: torch.Tensor
@@ -28,8 +36,8 @@ class EnergyCall(NamedTuple):
     first_query_block: int
     scale_log2: float
 
-    def numbers(self) -> tuple[Any, ...]:
-        """Of the place of the query blocks, as both kernels take them."""
+    def lengths(self) -> tuple[int, ...]:
+        """kv_len, query_len, query_offset in tokens, first query block and number of key blocks, as the kernels take them."""
         geometry = self.geometry
         return (geometry.kv_len, geometry.query_len, geometry.query_offset, self.first_query_block, geometry.key_blocks)
 
@@ -143,7 +151,7 @@ def find_energies(call: EnergyCall) -> None:
             call.geometry.valid_ranges,
             call.energies,
             call.scale_log2,
-            *call.numbers(),
+            *call.lengths(),
             call.energies.shape[3],
             *call.query.stride()[:3],
             GROUP=heads // call.means.shape[1],

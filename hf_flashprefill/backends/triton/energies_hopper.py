@@ -57,12 +57,12 @@ def _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE: gl.const
 
 
 @gluon.jit
-def _step(products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, place, IS_WHOLE: gl.constexpr):
+def _step(products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, IS_WHOLE: gl.constexpr):
     """Reduce the products of step ``number``, of the ``turn``-th head's ``tile``-th tile, while those of the next are made."""
     query_tiles, mean_tiles, barriers, work, scale_log2 = shared
     query_full, query_empty, full, empty = barriers
     total, steps = work
-    first_query, end_query = place
+    first_query, end_query = query_range
     HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
     layout: gl.constexpr = products.type.layout
     is_last = tile + 1 == total
@@ -98,7 +98,7 @@ def _score(warpgroup, shared, scored):
     HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     own = first_own + warpgroup
-    place = (query_begin - own * BLOCK, query_end - own * BLOCK)
+    query_range = (query_begin - own * BLOCK, query_end - own * BLOCK)
     is_whole = (own * BLOCK >= query_begin) & ((own + 1) * BLOCK <= query_end)
     # A warpgroup without a query block of its own keeps in step and stores nothing.
     own = gl.where(own <= last_own, own, 0)
@@ -121,16 +121,16 @@ def _score(warpgroup, shared, scored):
             for pair in range(steps // 2):
                 for second in gl.static_range(2):
                     products, tile, turn = _step(
-                        products, 2 * pair + second, tile, turn, shared, warpgroup, own, targets, turn_stride, place, True
+                        products, 2 * pair + second, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, True
                     )
             for number in range(steps // 2 * 2, steps):
                 products, tile, turn = _step(
-                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, place, True
+                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, True
                 )
         else:
             for number in range(steps):
                 products, tile, turn = _step(
-                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, place, False
+                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, False
                 )
 
 
@@ -237,7 +237,7 @@ def find_energies(call: EnergyCall) -> None:
             call.geometry.valid_ranges,
             call.energies,
             call.scale_log2,
-            *call.numbers(),
+            *call.lengths(),
             tiles,
             width,
             head_count,

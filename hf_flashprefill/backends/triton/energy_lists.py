@@ -14,7 +14,7 @@ import triton.language as tl
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from . import energies
-from .primitives import append_kept, compute_capability, launch_context, row_span
+from .primitives import append_kept, is_hopper, launch_context, row_span
 
 try:
     from . import energies_hopper
@@ -74,8 +74,8 @@ def _list_energies_kernel(
     own = query_begin // BLOCK + first_query_block + tile
     list_row = (batch * heads + head).to(tl.int64) * tiles + tile
     energies_ptr += list_row * width
-    one = tl.zeros((1,), tl.int32)
-    count = one
+    zero = tl.zeros((1,), tl.int32)
+    count = zero
     if (own * BLOCK < query_end) & (query_end > query_begin):
         # Its own block only the query at that block's last key sees whole.
         channels = tl.arange(0, BLOCK_D)
@@ -94,22 +94,22 @@ def _list_energies_kernel(
             blocks = first + tl.arange(0, BLOCK_LIST)
             best = tl.maximum(best, tl.load(energies_ptr + blocks, mask=blocks < own, other=float("-inf")))
         threshold = tl.maximum(tl.max(best, 0), own_energy) + log2_alpha
-        keep_all = one + own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
-        list_ptrs = indices_ptr + list_row * width + one
+        keep_all = own + zero >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
+        list_ptrs = indices_ptr + list_row * width + zero
         for first in range(0, own + 1, BLOCK_LIST):
             blocks = first + tl.arange(0, BLOCK_LIST)
             scores = tl.load(energies_ptr + blocks, mask=blocks < own, other=float("-inf"))
             scores = tl.where(blocks == own, own_energy, scores)[None, :]
             count = append_kept(
-                scores, blocks, threshold + one, own + one, sink_blocks, window_blocks, keep_all, list_ptrs, count
+                scores, blocks, threshold + zero, own + zero, sink_blocks, window_blocks, keep_all, list_ptrs, count
             )
-    tl.store(counts_ptr + list_row + tl.arange(0, 1), count)
+    tl.store(counts_ptr + list_row + zero, count)
 
 
-def _finding(query: torch.Tensor, block_size: int) -> ModuleType:
-    """The module whose kernel finds the energies of such queries."""
-    on_hopper = query.is_cuda and compute_capability(query)[0] == 9 and energies_hopper is not None
-    return energies_hopper if on_hopper and energies_hopper.fits(query, block_size) else energies
+def _scoring(query: torch.Tensor, block_size: int) -> ModuleType:
+    """The module whose kernel scores blocks for such queries."""
+    has_kernel = energies_hopper is not None and is_hopper(query) and energies_hopper.fits(query, block_size)
+    return energies_hopper if has_kernel else energies
 
 
 def select_energies(
@@ -134,7 +134,7 @@ def select_energies(
     indices = torch.empty(*shape, width, dtype=torch.int32, device=query.device)
     counts = torch.empty(shape, dtype=torch.int32, device=query.device)
     call = energies.EnergyCall(query, means, geometry, scores, first_query_block, scale * math.log2(math.e))
-    _finding(query, geometry.block_size).find_energies(call)
+    _scoring(query, geometry.block_size).find_energies(call)
     with launch_context(query):
         _list_energies_kernel[heads, query_blocks, batch](
             query,
@@ -145,7 +145,7 @@ def select_energies(
             counts,
             call.scale_log2,
             math.log2(alpha) if alpha > 0 else -math.inf,
-            *call.numbers(),
+            *call.lengths(),
             width,
             sink_blocks,
             window_blocks,

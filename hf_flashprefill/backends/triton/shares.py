@@ -21,7 +21,7 @@ from ...geometry import PrefillGeometry
 from . import probe
 from .longest import longest_queries
 from .pool import TILE
-from .primitives import append_kept, compute_capability, launch_context, multiprocessors, row_span
+from .primitives import append_kept, is_hopper, launch_context, multiprocessors, row_span
 from .tuning import MAX_SPLITS, Part, probe_splits
 
 try:
@@ -189,8 +189,8 @@ def _list_shares_kernel(
 
 def _probing(query: torch.Tensor, block_size: int, query_stride: int) -> ModuleType:
     """The module whose kernel probes for such queries."""
-    on_hopper = query.is_cuda and compute_capability(query)[0] == 9 and probe_hopper is not None
-    return probe_hopper if on_hopper and probe_hopper.fits(query, block_size, query_stride) else probe
+    has_kernel = probe_hopper is not None and is_hopper(query) and probe_hopper.fits(query, block_size, query_stride)
+    return probe_hopper if has_kernel else probe
 
 
 def select_shares(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -60,13 +61,17 @@ def energy_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) 
     return EnergyTiles(64, num_warps=8, num_stages=2)
 
 
+def _most_heads(counts: tuple[int, ...], heads: int, parts: int, fewest: int) -> int:
+    """The first of ``counts`` that divides ``heads`` and leaves ``fewest`` programs, one per part of so many heads; else 1."""
+    return next((n for n in counts if heads % n == 0 and heads // n * parts >= fewest), 1)
+
+
 def energy_heads(heads: int, pairs: int, processors: int) -> int:
     """How many heads a program of the published rule's Hopper kernel works through, of ``heads`` with ``pairs`` of query blocks
     each: as many as leave nearly every multiprocessor a program."""
     # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, two, four, eight and sixteen heads: 22, 19, 19 and 27 us at
     # 4K tokens, 64, 54, 50 and 52 at 16K, 414, 368, 342 and 335 at 64K, 4.78, 4.55, 4.55 and 4.43 ms at 256K.
-    enough = (n for n in (16, 8, 4, 2) if heads % n == 0 and 10 * (heads // n) * pairs >= 9 * processors)
-    return next(enough, 1)
+    return _most_heads((16, 8, 4, 2), heads, pairs, fewest=math.ceil(0.9 * processors))
 
 
 class HopperTiles(NamedTuple):
@@ -105,8 +110,7 @@ def heads_per_program(heads: int, query_blocks: int, processors: int, query_stag
     # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: whole prompts
     # 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K. The operator on all chunks of 8K:
     # 3.27, 3.18 and 3.27 ms at 32K, 20.8, 20.3 and 20.9 at 128K.
-    enough = (count for count in (4, 2) if heads % count == 0 and heads // count * query_blocks >= 7 * processors)
-    return next(enough, 1)
+    return _most_heads((4, 2), heads, query_blocks, fewest=7 * processors)
 
 
 class Part(NamedTuple):

@@ -1,0 +1,91 @@
+"""The Gluon kernels for Hopper GPUs against the portable ones, which are compared with the reference everywhere."""
+
+import pytest
+import torch
+
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+from hf_flashprefill.geometry import PrefillGeometry
+from tests.inputs import Case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Gluon kernels are for Hopper GPUs")
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (Case(1, 8, 2, 5000, 5000, 128), {}),
+        (Case(2, 4, 4, 3000, 3000, 64), {"pool_size": 16, "query_stride": 4}),
+        (Case(2, 6, 2, 1111, 4000, 128, ranges=((100, 4000), (0, 3500)), strided=True), {"pool_size": 8}),
+        (Case(1, 16, 1, 2000, 2000, 64), {"query_stride": 2, "block_size": 64}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("selector", "splits"), [("blend", 1), ("blend", 3), ("share", 8), ("peak", 2)])
+def test_both_probes_find_the_same_blocks(shape, settings, selector, splits, monkeypatch):
+    """Only sums in another order may part them."""
+    from hf_flashprefill.backends.triton import shares
+
+    query, key, value, ranges = Case(**{**vars(shape), "dtype": torch.bfloat16}).tensors(torch.device("cuda"))
+    config = FlashPrefillConfig(selector=selector, alpha=0.6 if selector == "peak" else 0.12, backend="triton", **settings)
+    calls, probe_parts = [], shares.probe_hopper.probe_parts
+
+    def counted(*args):
+        calls.append(1)
+        probe_parts(*args)
+
+    def lists():
+        index = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True).index
+        index.validate()
+        assert 0.2 < index.density() < 0.8
+        return index.to_mask()
+
+    monkeypatch.setattr(shares.probe_hopper, "probe_parts", counted)
+    monkeypatch.setattr(shares, "probe_splits", lambda *_: splits)
+    found = lists()
+    assert calls, "the Hopper kernel did not run"
+    calls.clear()
+    monkeypatch.setattr(shares, "probe_hopper", None)
+    monkeypatch.setattr(shares, "probe_splits", lambda *_: 1)
+    expected = lists()
+    assert not calls
+    assert (found != expected).sum() <= 2e-4 * expected.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Case(1, 8, 2, 5000, 5000, 128),
+        Case(1, 28, 4, 700, 20_001, 128),
+        Case(1, 16, 16, 1, 300, 64),
+        Case(3, 12, 2, 1513, 9000, 64, ranges=((0, 9000), (7000, 8900), (8990, 9000)), strided=True),
+        Case(2, 32, 8, 9000, 9000, 128, ranges=((100, 9000), (5000, 5128))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads, dtype, monkeypatch):
+    """Only sums in another order may part them."""
+    from hf_flashprefill.backends.triton import energies, energies_hopper, energy_lists, pool_keys
+
+    query, key, _, ranges = Case(**{**vars(shape), "dtype": dtype}).tensors(torch.device("cuda"))
+    key[0, :, shape.kv_len - 200] = torch.nan
+    ranges = None if ranges is None else ranges.int()
+    geometry = PrefillGeometry(shape.batch, shape.query_len, shape.kv_len, shape.offset, 128, ranges)
+    means = pool_keys(key, geometry, 128)
+    monkeypatch.setattr(energies_hopper, "energy_heads", lambda *_: heads)
+    assert energy_lists._scoring(query, 128) is energies_hopper
+    for first in range(min(3, geometry.query_blocks)):
+        tiles, found = geometry.query_blocks - first, []
+        for kernel in (energies, energies_hopper):
+            scores = query.new_full((*query.shape[:2], tiles, geometry.key_blocks), -77, dtype=torch.float32)
+            kernel.find_energies(energies.EnergyCall(query, means, geometry, scores, first, 0.1))
+            found.append(scores)
+        assert torch.equal(found[0] == -77, found[1] == -77), "one has written where the other has not"
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5, equal_nan=True)
