@@ -202,23 +202,29 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
                     GROUP=group, HAS_RANGES=False, num_warps=4, enable_fp_fusion=True, grid=(1,),
                 ),
             )  # fmt: skip
+        yield from compiled_attend_hopper(head_dim)
 
-        tiles = tuning.hopper_tiles(head_dim)
-        descriptors = [
-            hopper_primitives.describe_rows(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))
-        ]
-        run_means = means.RunMeans(key[:, :, None], key[:, :, None], counts)
-        described = attend_hopper._mean_descriptors(run_means, torch.zeros(1, HEADS, 4, 128))
-        for name, of_means in (("attend_hopper", [None] * 3), ("attend_hopper means", described)):
-            yield (
-                name,
-                attend_hopper._attend_hopper_kernel.warmup(
-                    *descriptors, *of_means, query, None, number, counts, counts, 0.1, *lengths, 4, 4, 4, 2, 4, HEADS,
-                    HEADS, *strides, GROUP=group, STEP=tiles.step, STAGES=tiles.stages, QUERY_STAGES=tiles.query_stages,
-                    DIRECT_STORE=tiles.direct_store, HAS_RANGES=False, HAS_MEANS=of_means[0] is not None, num_warps=4,
-                    enable_fp_fusion=True, grid=(1,),
-                ),
-            )  # fmt: skip
+
+def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
+    """(name, compiled kernel) of the attention itself on a Hopper GPU."""
+    query = torch.zeros(1, HEADS, TOKENS, head_dim, dtype=torch.bfloat16)
+    key = torch.zeros(1, KEY_HEADS, TOKENS, head_dim, dtype=torch.bfloat16)
+    number = torch.zeros(1, HEADS, 4, 4, dtype=torch.int32)
+    counts = number[..., 0].contiguous()
+    tiles = tuning.hopper_tiles(head_dim)
+    descriptors = [hopper_primitives.describe_rows(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
+    run_means = means.RunMeans(key[:, :, None], key[:, :, None], counts)
+    described = attend_hopper._mean_descriptors(run_means, torch.zeros(1, HEADS, 4, 128))
+    for name, of_means in (("attend_hopper", [None] * 3), ("attend_hopper means", described)):
+        yield (
+            name,
+            attend_hopper._attend_hopper_kernel.warmup(
+                *descriptors, *of_means, query, None, counts, counts, number, counts, 0.1, TOKENS, TOKENS, 0, 0, 4, 4, 4, HEADS,
+                HEADS, *query.stride()[:3], GROUP=HEADS // KEY_HEADS, STEP=tiles.step, STAGES=tiles.stages,
+                QUERY_STAGES=tiles.query_stages, QUERY_IN_REGISTERS=tiles.query_in_registers, HAS_RANGES=False,
+                HAS_MEANS=of_means[0] is not None, num_warps=4, enable_fp_fusion=True, grid=(1,),
+            ),
+        )  # fmt: skip
 
 
 def _spills_in_loops(listing: str) -> int:
@@ -257,6 +263,9 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
 if __name__ == "__main__":
     target = int(sys.argv[1])
     driver.set_active(OfflineDriver(target))
-    for dim in (64, 128):
-        for name, kernel in compiled(target, dim):
+    found = [(dim, compiled(target, dim)) for dim in (64, 128)]
+    if target == 90:
+        found.append((256, compiled_attend_hopper(256)))
+    for dim, kernels in found:
+        for name, kernel in kernels:
             print(json.dumps({"kernel": name, "head_dim": dim, **verdict(kernel, target)}), flush=True)

@@ -89,3 +89,48 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
             found.append(scores)
         assert torch.equal(found[0] == -77, found[1] == -77), "one has written where the other has not"
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # Fewer turns than multiprocessors, one of a single query; more than ten times as many; lists of one block only.
+        Case(1, 3, 1, 1, 700, 64),
+        Case(1, 4, 4, 90, 90, 128),
+        Case(1, 28, 4, 9000, 9000, 128),
+        Case(1, 16, 2, 9000, 9000, 64),
+        Case(1, 8, 2, 5000, 9000, 256),
+        # Rows without a query, with one, and with as many as there is room for: most turns drawn are empty.
+        Case(4, 12, 2, 6000, 6000, 128, ranges=((0, 6000), (5999, 6000), (3000, 3000), (5000, 5700)), strided=True),
+        Case(3, 32, 8, 3000, 5000, 64, ranges=((100, 5000), (0, 1500), (4990, 4991))),
+        Case(3, 6, 6, 2000, 2000, 256, ranges=((1999, 2000), (0, 1), (0, 2000))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("keeps", ["own blocks only", "about half", "all blocks"])
+@pytest.mark.parametrize("with_means", [False, True], ids=["plain", "means"])
+def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, with_means, dtype):
+    """Both write the same rows, nearly the same numbers, and Hopper's the same bits again."""
+    from hf_flashprefill.backends.triton import attend, attend_hopper, pool_keys_and_values, run_means
+
+    query, key, value, ranges = Case(**{**vars(shape), "dtype": dtype}).tensors(torch.device("cuda"))
+    alpha = {"own blocks only": 1.0, "about half": 0.05, "all blocks": 0.0}[keeps]
+    forced = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+    config = FlashPrefillConfig(selector="share", alpha=alpha, backend="triton", **forced)
+    index = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True).index
+    geometry = index.geometry
+    assert attend_hopper.fits(query, key, value, geometry.block_size)
+    means = None
+    if with_means:
+        pools = pool_keys_and_values(key, value, geometry, 4)
+        means = run_means(pools.key_blocks, pools.value_blocks, 2)
+    outputs = []
+    for kernel in (attend, attend_hopper, attend_hopper):
+        outputs.append(torch.full_like(query, torch.nan))
+        kernel.attend_blocks(query, key, value, index, scale=shape.head_dim**-0.5, output=outputs[-1], means=means)
+    expected, found, again = outputs
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert not found.isnan().all()
+    assert torch.equal(found.nan_to_num(), again.nan_to_num())
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=2e-2, equal_nan=True)

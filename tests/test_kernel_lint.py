@@ -12,6 +12,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
+    """How much a kernel may spill; no loop may know of it."""
+    if kernel in ("attend", "attend window sinks", "attend means"):
+        # 12 to 24 bytes before the loop.
+        return 24 if version("triton").startswith("3.6.") else 0
+    if kernel in ("attend_hopper", "attend_hopper means") and head_dim == 256:
+        # Results and weights take 176 of a thread's 240 registers; addresses are laid aside between loops.
+        return 64
+    # The thread's number and a few addresses, when a program starts, for all of its turns.
+    return 24 if (kernel, head_dim) == ("attend_hopper means", 128) else 0
+
+
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_kernels_compile_clean(capability):
     # A process of its own: here, kernels may belong to the interpreter.
@@ -37,11 +49,11 @@ def test_kernels_compile_clean(capability):
         "weigh_means",
     }
     expected |= {"attend_hopper", "attend_hopper means", "energies_hopper", "probe_hopper"} if capability == 90 else set()
-    assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(n, d) for n in expected for d in (64, 128)}
+    expected = {(kernel, head_dim) for kernel in expected for head_dim in (64, 128)}
+    expected |= {("attend_hopper", 256), ("attend_hopper means", 256)} if capability == 90 else set()
+    assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == expected
     for verdict in verdicts:
-        # Triton 3.6 lays 12 to 24 bytes aside before the portable kernel's loop; no loop knows of them.
-        is_portable = verdict["kernel"] in ("attend", "attend window sinks", "attend means")
-        allowed = 24 if is_portable and version("triton").startswith("3.6.") else 0
+        allowed = _bytes_laid_aside(verdict["kernel"], verdict["head_dim"])
         assert verdict["spilled"] <= allowed, verdict
         assert verdict["spilled_in_loops"] == 0, verdict
         assert verdict["warnings"] == [], verdict

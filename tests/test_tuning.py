@@ -1,20 +1,6 @@
 import pytest
 
-from hf_flashprefill.backends.triton.tuning import energy_heads, heads_per_program, probe_splits
-
-
-@pytest.mark.parametrize(
-    ("heads", "query_blocks", "expected"),
-    # 132 multiprocessors want 924 programs.
-    [(32, 512, 4), (32, 116, 4), (32, 115, 2), (32, 58, 2), (32, 57, 1), (32, 0, 1), (6, 1000, 2), (7, 1000, 1), (1, 1, 1)],
-)
-def test_programs_take_several_heads_where_enough_programs_remain(heads, query_blocks, expected):
-    assert heads_per_program(heads, query_blocks, processors=132, query_stages=2) == expected
-    assert heads % expected == 0
-
-
-def test_programs_with_one_buffer_of_queries_take_one_head():
-    assert heads_per_program(32, 512, processors=132, query_stages=1) == 1
+from hf_flashprefill.backends.triton.tuning import energy_heads, probe_splits
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, el
 
 
 @gluon.jit
-def softmax_step(logits, running_max, running_sum, scale_log2):
+def _softmax_step(logits, running_max, running_sum, scale_log2):
     """Weights float32 [queries, keys] of one step's logits; per query the new maximum and sum, and the factor that earlier
     results shrink by."""
     new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
@@ -50,7 +50,7 @@ def _zero_rows_from(tile, first_unused):
 
 
 @gluon.jit
-def causal(logits, own_row, first_key, layout: gl.constexpr):
+def _causal(logits, own_row, first_key, layout: gl.constexpr):
     """Logits [queries, keys] of the query block's own key block without what lies after each query; the first are those of the
     block's query ``own_row`` and key ``first_key``."""
     QUERIES: gl.constexpr = logits.shape[0]
@@ -70,24 +70,49 @@ def _tile(tiles, stage, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def issue_products(query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr, pred):
-    """Start query x keys of step ``now``, [queries, keys], and weights x values of the step before it, [queries, D]; both run
-    while this returns. Values from ``unused_from`` on are of no key."""
-    _, key_tiles, value_tiles, _ = buffers
-    _, _, key_full, _, value_full, _ = barriers
+def _issue_logits(query, zeros, buffers, barriers, now):
+    """Start query x keys of step ``now``, [queries, keys], which runs while this returns."""
+    _, key_tiles, _, _ = buffers
+    _, _, key_full, _, _, _, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
-    stage = now % STAGES
-    mbarrier.wait(key_full.index(stage), (now // STAGES) & 1, pred=pred)
-    key = _tile(key_tiles, stage, zeros.shape[1])
-    logits = warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    stage = (now - 1) % STAGES
-    mbarrier.wait(value_full.index(stage), ((now - 1) // STAGES) & 1)
-    value = _tile(value_tiles, stage, weights.shape[1])
+    mbarrier.wait(key_full.index(now % STAGES), (now // STAGES) & 1)
+    key = _tile(key_tiles, now % STAGES, zeros.shape[1])
+    return warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_result(weights, result, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr):
+    """Start adding weights x values of step ``now`` to the result [queries, D], which runs while this returns. Values from
+    ``unused_from`` on are of no key."""
+    _, _, value_tiles, _ = buffers
+    _, _, _, _, value_full, _, _ = barriers
+    STAGES: gl.constexpr = value_tiles.shape[0]
+    mbarrier.wait(value_full.index(now % STAGES), (now // STAGES) & 1)
+    value = _tile(value_tiles, now % STAGES, weights.shape[1])
     if HAS_UNUSED:  # noqa: SIM102  (the outer one is decided at compile time)
         if unused_from < value.shape[0]:
             _zero_rows_from(value, unused_from)
-    result = warpgroup_mma(weights, value, result, is_async=True)
-    return logits, result
+    return warpgroup_mma(weights, value, result, is_async=True)
+
+
+@gluon.jit
+def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result_layout: gl.constexpr):
+    """The first keys of the query block's own block, before which there is nothing: their weights [queries, keys], and per
+    query the maximum and the sum, of which the first is query ``own_row`` of its block."""
+    _, key_tiles, _, _ = buffers
+    _, _, _, key_empty, _, _, _ = barriers
+    STAGES: gl.constexpr = key_tiles.shape[0]
+    QUERIES: gl.constexpr = zeros.shape[0]
+    layout: gl.constexpr = zeros.type.layout
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    logits = warpgroup_mma_wait(0, deps=[_issue_logits(query, zeros, buffers, barriers, now)])
+    mbarrier.arrive(key_empty.index(now % STAGES), count=1)
+    logits = _causal(logits, own_row, 0, layout)
+    no_max = gl.full([QUERIES], -1e30, gl.float32, row_layout)
+    no_sum = gl.zeros([QUERIES], gl.float32, row_layout)
+    weights, running_max, running_sum, _ = _softmax_step(logits, no_max, no_sum, scale_log2)
+    weights = gl.convert_layout(weights.to(key_tiles.dtype), gl.DotOperandLayout(0, result_layout, 2))
+    return weights, running_max, running_sum
 
 
 @gluon.jit
@@ -117,27 +142,26 @@ def compute_step(
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
     ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
     """
-    _, _, key_full, key_empty, _, value_empty = barriers
+    _, _, key_full, key_empty, _, value_empty, _ = barriers
     STAGES: gl.constexpr = buffers[1].shape[0]
     logits_layout: gl.constexpr = zeros.type.layout
     weights_layout: gl.constexpr = weights.type.layout
     result_layout: gl.constexpr = result.type.layout
-    logits_in_work, result_in_work = issue_products(
-        query, weights, result, zeros, buffers, barriers, now, unused_from, HAS_UNUSED, True
-    )
+    logits_in_work = _issue_logits(query, zeros, buffers, barriers, now)
+    result_in_work = _issue_result(weights, result, buffers, barriers, now - 1, unused_from, HAS_UNUSED)
     if KIND == "means":
         log2_tokens = buffers[3].index(now % STAGES).reshape([MEANS]).load(gl.SliceLayout(0, logits_layout))
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     if KIND == "own":
-        logits = causal(logits, limit, first, logits_layout)
+        logits = _causal(logits, limit, first, logits_layout)
     if KIND == "means":
         # NaN, of what lies behind the last mean, must not come back from a weight of nothing.
         is_used = (log2_tokens >= 0)[None, :]
         logits = gl.where(is_used, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
-        next_weights, running_max, running_sum, rescale = softmax_step(logits, running_max, running_sum, 1.0)
+        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, 1.0)
     else:
-        next_weights, running_max, running_sum, rescale = softmax_step(logits, running_max, running_sum, scale_log2)
+        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2)
     next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
     # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
     mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
@@ -148,10 +172,21 @@ def compute_step(
 
 
 @gluon.jit
+def last_product(weights, result, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr):
+    """The result [queries, D] with what step ``now``, the last of a turn, adds to it."""
+    _, _, _, _, _, value_empty, _ = barriers
+    STAGES: gl.constexpr = buffers[2].shape[0]
+    in_work = _issue_result(weights, result, buffers, barriers, now, unused_from, HAS_UNUSED)
+    result, weights = warpgroup_mma_wait(0, deps=[in_work, weights])
+    mbarrier.arrive(value_empty.index(now % STAGES), count=1)
+    return result
+
+
+@gluon.jit
 def load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
     """Fetch keys and values of step ``now`` as soon as their buffers are free."""
     _, key_tiles, value_tiles, _ = buffers
-    _, _, key_full, key_empty, value_full, value_empty = barriers
+    _, _, key_full, key_empty, value_full, value_empty, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
     stage = now % STAGES
     phase = ((now // STAGES) & 1) ^ 1
@@ -167,7 +202,7 @@ def load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
 def load_means(descriptors, head, list_row, first_mean, buffers, barriers, now):
     """Fetch the means from the ``first_mean`` on, and their weights, as step ``now``."""
     _, key_tiles, value_tiles, mean_weights = buffers
-    _, _, key_full, key_empty, value_full, value_empty = barriers
+    _, _, key_full, key_empty, value_full, value_empty, _ = barriers
     _, _, _, key_desc, value_desc, weights_desc = descriptors
     STAGES: gl.constexpr = key_tiles.shape[0]
     shape: gl.constexpr = key_desc.block_type.shape

@@ -61,56 +61,37 @@ def energy_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) 
     return EnergyTiles(64, num_warps=8, num_stages=2)
 
 
-def _most_heads(counts: tuple[int, ...], heads: int, parts: int, fewest: int) -> int:
-    """The first of ``counts`` that divides ``heads`` and leaves ``fewest`` programs, one per part of so many heads; else 1."""
-    return next((n for n in counts if heads % n == 0 and heads // n * parts >= fewest), 1)
-
-
 def energy_heads(heads: int, pairs: int, processors: int) -> int:
     """How many heads a program of the published rule's Hopper kernel works through, of ``heads`` with ``pairs`` of query blocks
     each: as many as leave nearly every multiprocessor a program."""
     # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, two, four, eight and sixteen heads: 22, 19, 19 and 27 us at
     # 4K tokens, 64, 54, 50 and 52 at 16K, 414, 368, 342 and 335 at 64K, 4.78, 4.55, 4.55 and 4.43 ms at 256K.
-    return _most_heads((16, 8, 4, 2), heads, pairs, fewest=math.ceil(0.9 * processors))
+    fewest = math.ceil(0.9 * processors)
+    return next((n for n in (16, 8, 4, 2) if heads % n == 0 and heads // n * pairs >= fewest), 1)
 
 
 class HopperTiles(NamedTuple):
-    """Keys per step, the shared-memory buffers of keys and values, and of queries, and how results are stored.
-
-    ``direct_store`` writes the accumulators as they lie, in pieces of 16 bytes; otherwise they go through shared memory
-    into whole lines.
-    """
+    """Keys per step, the shared-memory buffers of keys and values, and of queries, and whether queries are multiplied from
+    registers."""
 
     step: int
     stages: int
     query_stages: int
-    direct_store: bool = False
+    query_in_registers: bool = False
 
 
 def hopper_tiles(head_dim: int) -> HopperTiles:
     """Tiles of the Hopper attend kernel; each fills the 227 KB of shared memory a program can have as far as it helps."""
     if head_dim == 256:
         return HopperTiles(step=64, stages=2, query_stages=1)
-    # Head_dim 64 is held up by the instructions of its exponentials, not by waits. H200, every block of 64K tokens listed: 464
-    # TFLOP/s, with logits multiplied a step ahead 461, so in steps of 64 keys 389, with turns for the exponentials 445.
-    return HopperTiles(step=128, stages=2 if head_dim == 128 else 4, query_stages=2)
-
-
-def heads_per_program(heads: int, query_blocks: int, processors: int, query_stages: int) -> int:
-    """How many heads a program of the Hopper attend kernel works through, of ``heads`` with ``query_blocks`` each that are not
-    expected to be attended in full.
-
-    With one buffer of queries it is one: nothing could be loaded ahead. Otherwise, the more, the less often a multiprocessor
-    starts from nothing; but enough programs must remain that the last to end do not count.
-    """
-    if query_stages == 1:
-        # H200, head_dim 256, 32 query and 8 key-value heads, bfloat16, one, two and four heads: every block listed 676, 641 and
-        # 657 TFLOP/s at 16K tokens, published density 574, 557 and 548 at 64K.
-        return 1
-    # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities, one, two and four heads: whole prompts
-    # 209, 212 and 228 us at 4K tokens, 465, 458 and 469 at 8K, 1061, 1032 and 1027 at 16K. The operator on all chunks of 8K:
-    # 3.27, 3.18 and 3.27 ms at 32K, 20.8, 20.3 and 20.9 at 128K.
-    return _most_heads((4, 2), heads, query_blocks, fewest=7 * processors)
+    if head_dim == 64:
+        # Products this narrow read shared memory nearly all the time they take; queries in registers cost none of it. H100,
+        # TFLOP/s with every block of 16K tokens listed: 469; with queries in shared memory 465; with two pairs of warpgroups,
+        # whose registers have room for steps of 64 keys only, 475, but 4 % less at the published density of 32K tokens; with a
+        # fourth or an eighth of the exponentials as polynomials 456 and 470. cuDNN's dense attention: 480.
+        return HopperTiles(step=128, stages=4, query_stages=2, query_in_registers=True)
+    # H100, published density: from registers the attention takes 2.55 ms instead of 2.38 at 32K tokens, for what it lays aside.
+    return HopperTiles(step=128, stages=2, query_stages=2)
 
 
 class Part(NamedTuple):

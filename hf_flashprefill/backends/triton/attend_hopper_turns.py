@@ -1,0 +1,115 @@
+"""Which work a program of the Hopper attend kernel does next: turns, each a query block of one head against its list.
+
+Every multiprocessor has one program. Its loading warp draws the number of the next turn from a counter as soon as the buffers
+are full with the last one's, so that the answer is there before it is needed, and announces it to the computing warpgroups.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .hopper_primitives import row_span
+
+BLOCK = gl.constexpr(128)
+# Announcements kept. While a warpgroup is at turn t, that of t + 3 may have been made, but no later one: before it the queries
+# of t + 3 want the buffer, one of two at most, that those of t + 1 are still to be read from.
+ANNOUNCEMENTS = gl.constexpr(4)
+_SHARED_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+# Announced after the last turn.
+_NO_TURN = gl.constexpr(-1)
+# Query blocks at the end of a call are usually attended in full.
+_LONG_TILES = gl.constexpr(2)
+
+
+@gluon.jit
+def make_announcements():
+    """Room for numbers of turns and the lengths of their lists, int32 [ANNOUNCEMENTS, 1] each."""
+    numbers = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], _SHARED_LAYOUT)
+    lengths = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], _SHARED_LAYOUT)
+    return numbers, lengths
+
+
+@gluon.jit
+def announce(announcements, turn_full, turn, number, length):
+    """By the loading warp: the program's turn ``turn``, counted from 0, is ``number``, and its list has ``length`` blocks."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    numbers, lengths = announcements
+    slot = turn % ANNOUNCEMENTS
+    numbers.index(slot).store(gl.zeros([1], gl.int32, layout) + number)
+    lengths.index(slot).store(gl.zeros([1], gl.int32, layout) + length)
+    mbarrier.arrive(turn_full.index(slot), count=1)
+
+
+@gluon.jit
+def _read(announced_numbers, turn):
+    """By a computing warpgroup: what was announced for turn ``turn``."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(announced_numbers.index(turn % ANNOUNCEMENTS).load(layout), 0)
+
+
+@gluon.jit
+def await_turn(announcements, turn_full, turn):
+    """(number, length of the list) of the program's turn ``turn``, for a computing warpgroup."""
+    numbers, lengths = announcements
+    mbarrier.wait(turn_full.index(turn % ANNOUNCEMENTS), (turn // ANNOUNCEMENTS) & 1)
+    return _read(numbers, turn), _read(lengths, turn)
+
+
+@gluon.jit
+def announced(announcements, turn):
+    """The number of a turn that has been awaited and is not over."""
+    return _read(announcements[0], turn)
+
+
+@gluon.jit
+def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
+    """Where turn ``number`` stands: (batch row, head, query block of the call), (the query block's own key block, the buffer
+    row of its first query), and the batch row's ``row_span``.
+
+    Turns of one head run together, so that what they read stays in the L2 cache; the longest first, or the last to start
+    would run alone.
+    """
+    heads, batch_heads, tiles, first_query_block, query_offset, query_len, kv_len = shape
+    number = gl.maximum(number, 0)
+    long_tiles = gl.minimum(tiles, _LONG_TILES)
+    is_long = number < long_tiles * batch_heads
+    skipped = gl.where(is_long, 0, long_tiles)
+    number -= skipped * batch_heads
+    of_head = gl.where(is_long, long_tiles, tiles - long_tiles)
+    row_head = number // of_head
+    tile = tiles - 1 - skipped - (number - row_head * of_head)
+    batch = row_head // heads
+    span = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    start, query_begin, _, _ = span
+    own = query_begin // BLOCK + first_query_block + tile
+    return (batch, row_head - batch * heads, tile), (own, start - query_offset + own * BLOCK), span
+
+
+@gluon.jit
+def _is_empty(number, shape, ranges_ptr):
+    """Whether turn ``number`` is one, but has no queries, as behind the end of a padded row."""
+    _, block, span = place_of(number, shape, ranges_ptr, True)
+    _, query_begin, query_end, _ = span
+    return (number < shape[1] * shape[2]) & ((block[0] * BLOCK >= query_end) | (query_end <= query_begin))
+
+
+@gluon.jit
+def draw_turn(number, shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES: gl.constexpr):
+    """The first turn with queries, ``number`` itself or one drawn after it, and the length of its list; or -1 and 0."""
+    heads, batch_heads, tiles, _, _, _, _ = shape
+    if HAS_RANGES:
+        while _is_empty(number, shape, ranges_ptr):
+            number = next_number(next_turn_ptr)
+    number = gl.where(number < batch_heads * tiles, number, _NO_TURN)
+    place, _, _ = place_of(number, shape, ranges_ptr, HAS_RANGES)
+    batch, head, tile = place
+    list_row = (batch * heads + head) * tiles + tile
+    return number, gl.load(counts_ptr + list_row, mask=number >= 0, other=0)
+
+
+@gluon.jit
+def next_number(next_turn_ptr):
+    """Of all turns that nobody has drawn, the first."""
+    return gl.atomic_add(next_turn_ptr, 1, sem="relaxed")
