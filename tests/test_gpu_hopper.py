@@ -91,7 +91,6 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -109,8 +108,16 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
     ids=str,
 )
 @pytest.mark.parametrize("keeps", ["own blocks only", "about half", "all blocks"])
-@pytest.mark.parametrize("with_means", [False, True], ids=["plain", "means"])
-def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, with_means, dtype):
+@pytest.mark.parametrize(
+    ("terms", "dtype"),
+    [
+        ("plain", torch.float16),
+        ("means", torch.bfloat16),
+        ("sinks", torch.bfloat16),
+        ("means and sinks", torch.float16),
+    ],
+)
+def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, terms, dtype):
     """Both write the same rows, nearly the same numbers, and Hopper's the same bits again."""
     from hf_flashprefill.backends.triton import attend, attend_hopper, pool_keys_and_values, run_means
 
@@ -121,14 +128,19 @@ def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, wit
     index = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True).index
     geometry = index.geometry
     assert attend_hopper.fits(query, key, value, geometry.block_size)
-    means = None
-    if with_means:
+    means = sinks = None
+    if "sinks" in terms:
+        # One that takes no part, one above all logits, and what a head without sense has.
+        sinks = torch.linspace(-3, 6, shape.heads, device="cuda")
+        sinks[:4] = torch.tensor([-torch.inf, 300.0, torch.inf, torch.nan], device="cuda")[: shape.heads]
+    if "means" in terms:
         pools = pool_keys_and_values(key, value, geometry, 4)
         means = run_means(pools.key_blocks, pools.value_blocks, 2)
     outputs = []
     for kernel in (attend, attend_hopper, attend_hopper):
         outputs.append(torch.full_like(query, torch.nan))
-        kernel.attend_blocks(query, key, value, index, scale=shape.head_dim**-0.5, output=outputs[-1], means=means)
+        further = {"sinks": sinks, "means": means}
+        kernel.attend_blocks(query, key, value, index, scale=shape.head_dim**-0.5, output=outputs[-1], **further)
     expected, found, again = outputs
     assert torch.equal(found.isnan(), expected.isnan())
     assert not found.isnan().all()
