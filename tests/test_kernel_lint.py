@@ -19,7 +19,7 @@ def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
         return 24 if version("triton").startswith("3.6.") else 0
     if kernel in ("attend_hopper", "attend_hopper means") and head_dim == 256:
         # Results and weights take 176 of a thread's 240 registers; addresses are laid aside between loops.
-        return 64
+        return 128
     # The thread's number and a few addresses, when a program starts, for all of its turns.
     return 24 if (kernel, head_dim) == ("attend_hopper means", 128) else 0
 
@@ -56,6 +56,8 @@ def test_kernels_compile_clean(capability):
         allowed = _bytes_laid_aside(verdict["kernel"], verdict["head_dim"])
         assert verdict["spilled"] <= allowed, verdict
         assert verdict["spilled_in_loops"] == 0, verdict
+        if "hopper" in verdict["kernel"]:
+            assert verdict["late_exponentials"] == 0, verdict
         assert verdict["warnings"] == [], verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
         assert verdict["shared_memory"] <= (232448 if capability == 90 else 101376), verdict

@@ -28,7 +28,6 @@ from .attend_hopper_turns import (
     ANNOUNCEMENTS,
     BLOCK,
     announce,
-    announced,
     await_turn,
     draw_turn,
     make_announcements,
@@ -46,10 +45,13 @@ LOG2_E = gl.constexpr(math.log2(math.e))
 
 
 @gluon.jit
-def _mean_steps(own, mean_blocks):
+def _mean_steps(own, mean_blocks, HAS_MEANS: gl.constexpr):
     """Steps of means of the query block with the key block ``own``. The first query block reads means that weigh nothing: every
     turn ends with a step of means."""
-    return gl.maximum(gl.cdiv(gl.cdiv(own, mean_blocks), MEANS), 1)
+    steps = own * 0
+    if HAS_MEANS:
+        steps = gl.maximum(gl.cdiv(gl.cdiv(own, mean_blocks), MEANS), 1)
+    return steps
 
 
 @gluon.jit
@@ -82,14 +84,18 @@ def _compute(
     zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
     mean_zeros = gl.zeros([ROWS, MEANS], gl.float32, mean_layout)
     own_row = warpgroup * ROWS
+    is_spoiled = False
+    if HAS_MEANS:
+        is_spoiled = gl.load(spoiled_ptr) != 0
     number, listed = await_turn(announcements, turn_full, 0)
     turn = 0
     done = 0
     while number >= 0:
         place, block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
-        own, key_end = block[0], span[3]
-        keys_left = key_end - own * BLOCK
-        steps = listed * PARTS
+        own, first_row = block
+        keys_left = span[3] - own * BLOCK
+        listed_steps = listed * PARTS
+        steps = listed_steps + _mean_steps(own, mean_blocks, HAS_MEANS)
         buffer = turn % QUERY_STAGES * 2 + warpgroup
         mbarrier.wait(query_full.index(buffer), (turn // QUERY_STAGES) & 1)
         query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
@@ -103,44 +109,38 @@ def _compute(
         # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
         for step in range(1, PARTS):
             weights, result, running_max, running_sum = compute_step(
-                query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                not HAS_MEANS and step + 1 == steps, step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, "own",
-                HAS_RANGES,
+                query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
+                step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, "own", HAS_RANGES,
             )  # fmt: skip
-        for step in range(PARTS, steps):
+        for step in range(PARTS, listed_steps):
             unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
             weights, result, running_max, running_sum = compute_step(
-                query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                not HAS_MEANS and step + 1 == steps, 0, 0, unused_from, scale_log2, "listed", HAS_RANGES,
+                query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
+                0, 0, unused_from, scale_log2, "listed", HAS_RANGES,
             )  # fmt: skip
-        unused_from = gl.where(steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
-        done += steps
-        # Worked out once more: kept through the loops, it would have to be laid aside.
-        place, block, span = place_of(announced(announcements, turn), shape, ranges_ptr, HAS_RANGES)
+        unused_from = gl.where(listed_steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
         last_weights = weights
         if HAS_MEANS:
-            is_spoiled = gl.load(spoiled_ptr) != 0
-            mean_steps = _mean_steps(block[0], mean_blocks)
             # One step at least, so that the shape of the last weights is known.
             mean_max = gl.convert_layout(running_max, mean_row_layout)
             mean_sum = gl.convert_layout(running_sum, mean_row_layout)
             last_weights, result, mean_max, mean_sum = compute_step(
-                query, weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done, mean_steps == 1, 0, 0,
-                unused_from, scale_log2, "means", HAS_RANGES,
+                query, weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + listed_steps,
+                listed_steps + 1 == steps, 0, 0, unused_from, scale_log2, "means", HAS_RANGES,
             )  # fmt: skip
-            for step in range(1, mean_steps):
+            for step in range(listed_steps + 1, steps):
                 last_weights, result, mean_max, mean_sum = compute_step(
                     query, last_weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + step,
-                    step + 1 == mean_steps, 0, 0, MEANS, scale_log2, "means", False,
+                    step + 1 == steps, 0, 0, MEANS, scale_log2, "means", False,
                 )  # fmt: skip
             running_max = gl.convert_layout(mean_max, row_layout)
             running_sum = gl.convert_layout(mean_sum, row_layout)
-            done += mean_steps
             # The last step's means may be of later blocks. Their weights are zero, but a value that is not finite is not.
-            in_last_step = gl.cdiv(block[0], mean_blocks) - (mean_steps - 1) * MEANS
+            in_last_step = gl.cdiv(own, mean_blocks) - (steps - listed_steps - 1) * MEANS
             unused_from = gl.where(is_spoiled, in_last_step, MEANS)
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(buffer), count=1)
+        done += steps
         result = last_product(last_weights, result, buffers, barriers, done - 1, unused_from, HAS_RANGES or HAS_MEANS)
         if HAS_SINKS:
             sink = gl.load(sinks_ptr + place[1]) * LOG2_E
@@ -148,12 +148,11 @@ def _compute(
             # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
             running_sum += gl.exp2(sink - largest) / gl.exp2(running_max - largest)
         result = result / gl.convert_layout(running_sum, gl.SliceLayout(1, result_layout))[:, None]
-        query_begin, query_end = span[1], span[2]
         row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
         column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
-        position = block[0] * BLOCK + own_row + row
-        is_query = (position >= query_begin) & (position < query_end)
-        target = output_ptr + place[0] * stride_b + place[1] * stride_h + (block[1] + own_row).to(gl.int64) * stride_s
+        position = own * BLOCK + own_row + row
+        is_query = (position >= span[1]) & (position < span[2])
+        target = output_ptr + place[0] * stride_b + place[1] * stride_h + (first_row + own_row).to(gl.int64) * stride_s
         target += row[:, None] * stride_s.to(gl.int32) + column[None, :]
         gl.store(target, gl.convert_layout(result.to(dtype), store_layout), mask=is_query[:, None])
         turn += 1
@@ -216,7 +215,7 @@ def _load(
         if HAS_MEANS:
             mean_set = gl.where(own > 0, (own + mean_blocks - 1) % mean_blocks, 0)
             mean_head = [batch, mean_set + key_head * mean_blocks]
-            mean_steps = _mean_steps(own, mean_blocks)
+            mean_steps = _mean_steps(own, mean_blocks, HAS_MEANS)
             for step in range(mean_steps):
                 load_means(descriptors, mean_head, list_row, step * MEANS, buffers, barriers, done + step)
             done += mean_steps

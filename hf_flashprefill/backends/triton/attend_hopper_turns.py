@@ -58,12 +58,6 @@ def await_turn(announcements, turn_full, turn):
 
 
 @gluon.jit
-def announced(announcements, turn):
-    """The number of a turn that has been awaited and is not over."""
-    return _read(announcements[0], turn)
-
-
-@gluon.jit
 def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
     """Where turn ``number`` stands: (batch row, head, query block of the call), (the query block's own key block, the buffer
     row of its first query), and the batch row's ``row_span``.
