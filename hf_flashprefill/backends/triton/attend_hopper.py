@@ -358,7 +358,7 @@ def attend_blocks(
             index.indices,
             None if means is None else means.spoiled,
             sinks,
-            scale * math.log2(math.e),
+            scale * LOG2_E.value,
             geometry.kv_len,
             query_len,
             geometry.query_offset,
