@@ -66,7 +66,8 @@ def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
     would run alone.
     """
     heads, batch_heads, tiles, first_query_block, query_offset, query_len, kv_len = shape
-    number = gl.maximum(number, 0)
+    # Numbers of no turn stand where the nearest does: what is loaded for them must exist.
+    number = gl.minimum(gl.maximum(number, 0), batch_heads * tiles - 1)
     long_tiles = gl.minimum(tiles, _LONG_TILES)
     is_long = number < long_tiles * batch_heads
     skipped = gl.where(is_long, 0, long_tiles)

@@ -1,0 +1,105 @@
+"""The order in which the Hopper attend kernel's programs take their turns.
+
+Gluon has no interpreter. What only calculates with numbers is plain Python but for its ``gl``, and is run as such.
+"""
+
+import inspect
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_flashprefill.geometry import PrefillGeometry
+
+turns = pytest.importorskip("hf_flashprefill.backends.triton.attend_hopper_turns")
+
+
+def as_python(function, **names):
+    """A Gluon function's body with ``names`` as its globals."""
+    source = textwrap.dedent(inspect.getsource(function.fn))
+    namespace = {"gl": GL, **names}
+    exec(source.replace("@gluon.jit\n", "").replace(": gl.constexpr", ""), namespace)
+    return namespace[function.fn.__name__]
+
+
+GL = SimpleNamespace(maximum=max, minimum=min, where=lambda condition, yes, no: yes if condition else no)
+CONSTANTS = {"BLOCK": turns.BLOCK.value, "_LONG_TILES": turns._LONG_TILES.value, "_NO_TURN": turns._NO_TURN.value}
+
+
+def place_of(geometry: PrefillGeometry, heads: int, number: int):
+    """``attend_hopper_turns.place_of`` of a call's turn."""
+
+    def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, has_ranges):
+        return geometry.row_spans()[batch]
+
+    shape = (
+        heads,
+        geometry.batch * heads,
+        geometry.query_blocks,
+        0,
+        geometry.query_offset,
+        geometry.query_len,
+        geometry.kv_len,
+    )
+    place = as_python(turns.place_of, row_span=row_span, **CONSTANTS)
+    return place(number, shape, None, geometry.valid_ranges is not None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "query_len", "kv_len", "ranges"),
+    [
+        (1, 1, 1, 1, None),
+        (1, 3, 129, 129, None),
+        (2, 4, 1000, 1000, None),
+        (1, 7, 513, 4096 + 77, None),
+        (3, 2, 700, 900, [[100, 900], [0, 450], [899, 900]]),
+    ],
+)
+def test_every_query_block_of_every_head_has_one_turn(batch, heads, query_len, kv_len, ranges):
+    ranges = None if ranges is None else torch.tensor(ranges, dtype=torch.int32)
+    geometry = PrefillGeometry(batch, query_len, kv_len, kv_len - query_len, 128, ranges)
+    tiles = geometry.query_blocks
+    places = [place_of(geometry, heads, number) for number in range(batch * heads * tiles)]
+    assert {place for place, _, _ in places} == {(b, h, t) for b in range(batch) for h in range(heads) for t in range(tiles)}
+    # The last query blocks, usually in full, begin; then head after head, the longest lists first.
+    long = min(2, tiles)
+    rows = [b * heads + h for (b, h, _), _, _ in places]
+    assert all(tile >= tiles - long for (_, _, tile), _, _ in places[: batch * heads * long])
+    assert rows[batch * heads * long :] == sorted(rows[batch * heads * long :])
+    rest = [tile for (_, _, tile), _, _ in places[batch * heads * long :]]
+    assert rest == list(range(tiles - long - 1, -1, -1)) * (batch * heads)
+    for (row, _, tile), (own, first_row), span in places:
+        assert span == geometry.row_spans()[row]
+        assert own == span.query_begin // 128 + tile
+        # The buffer row of the first query, which stands ``own`` blocks behind the batch row's first token.
+        assert first_row + geometry.query_offset == span.start + own * 128
+
+
+def test_turns_without_queries_are_passed_over():
+    """Each turn with queries is drawn once, by whichever program asks; then there are no more."""
+    heads, ranges = 2, torch.tensor([[100, 900], [0, 150], [300, 300]], dtype=torch.int32)
+    geometry = PrefillGeometry(3, 700, 900, 200, 128, ranges)
+    tiles = geometry.query_blocks
+    shape = (heads, 3 * heads, tiles, 0, 200, 700, 900)
+    counter = iter(range(1000))
+    counts = {(row * heads + head) * tiles + tile: 1 for row in range(3) for head in range(heads) for tile in range(tiles)}
+
+    def place(number, *_):
+        return place_of(geometry, heads, number)
+
+    is_empty = as_python(turns._is_empty, place_of=place, **CONSTANTS)
+    gl = SimpleNamespace(**vars(GL), load=lambda row, mask, other: counts[row] if mask else other)
+    draw = as_python(
+        turns.draw_turn, gl=gl, place_of=place, _is_empty=is_empty, next_number=lambda _: next(counter), **CONSTANTS
+    )
+    drawn = []
+    while (found := draw(next(counter), shape, None, None, 0, True)) != (-1, 0):
+        assert found[1] == 1
+        drawn.append(place(found[0])[0])
+    visible = geometry.visible_counts(torch.device("cpu"))
+    expected = [(b, h, t) for b in range(3) for h in range(heads) for t in range(tiles) if visible[b, t] > 0]
+    assert 0 < len(expected) < 3 * heads * tiles
+    assert sorted(drawn) == expected
+    # A program that asks long after the last turn must not read behind the row spans.
+    assert draw(999, shape, None, None, 0, True) == (-1, 0)
