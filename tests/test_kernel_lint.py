@@ -20,7 +20,7 @@ def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
     if kernel in ("attend_hopper", "attend_hopper means") and head_dim == 256:
         # Results and weights take 176 of a thread's 240 registers; addresses are laid aside between loops.
         return 128
-    # The thread's number and a few addresses, when a program starts, for all of its turns.
+    # The thread's number and a few addresses.
     return 24 if (kernel, head_dim) == ("attend_hopper means", 128) else 0
 
 

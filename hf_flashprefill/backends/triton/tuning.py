@@ -85,12 +85,14 @@ def hopper_tiles(head_dim: int) -> HopperTiles:
     if head_dim == 256:
         return HopperTiles(step=64, stages=2, query_stages=1)
     if head_dim == 64:
-        # Products this narrow read shared memory nearly all the time they take; queries in registers cost none of it. H100,
-        # TFLOP/s with every block of 16K tokens listed: 469; with queries in shared memory 465; with two pairs of warpgroups,
-        # whose registers have room for steps of 64 keys only, 475, but 4 % less at the published density of 32K tokens; with a
-        # fourth or an eighth of the exponentials as polynomials 456 and 470. cuDNN's dense attention: 480.
+        # By count, products this narrow read shared memory most of the time they take; queries in registers cost none of it.
+        # H100, TFLOP/s with every block of 16K tokens listed, by process: queries in registers 469, in shared memory 465, in
+        # registers with two pairs of warpgroups in steps of 64 keys 456; two pairs with queries in shared memory 475, one pair
+        # 457, but 444 and 450 with means at the published density of 32K tokens; a fourth or an eighth of the exponentials as
+        # polynomials 456 and 470, none 465, cuDNN's dense attention 480.
         return HopperTiles(step=128, stages=4, query_stages=2, query_in_registers=True)
-    # H100, published density: from registers the attention takes 2.55 ms instead of 2.38 at 32K tokens, for what it lays aside.
+    # H100, published density: with queries in registers the attention with means takes 2.55 ms instead of 2.38 at 32K tokens,
+    # without means 5.73 instead of 5.57 at 64K; it then lays 170 bytes and more aside.
     return HopperTiles(step=128, stages=2, query_stages=2)
 
 
