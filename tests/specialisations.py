@@ -52,7 +52,7 @@ def attend_with_both(query, key, value, index, *, scale, output, **terms) -> Non
     """In place of the choice between the portable and the Hopper kernel, which goes by where the tensors are."""
     attend.attend_blocks(query, key, value, index, scale=scale, output=output, **terms)
     further = {name: term for name, term in terms.items() if term is not None}
-    if further.keys() <= {"means"} and attend_hopper.fits(query, key, value, index.geometry.block_size):
+    if further.keys() <= {"means", "sinks"} and attend_hopper.fits(query, key, value, index.geometry.block_size):
         attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, **further)
 
 

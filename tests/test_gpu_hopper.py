@@ -94,12 +94,14 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
 @pytest.mark.parametrize(
     "shape",
     [
-        # Fewer turns than multiprocessors, one of a single query; more than ten times as many; lists of one block only.
+        # Fewer turns than multiprocessors, one of a single query; more than ten times as many. From the 128th block on lists
+        # are walked the other way.
         Case(1, 3, 1, 1, 700, 64),
         Case(1, 4, 4, 90, 90, 128),
-        Case(1, 28, 4, 9000, 9000, 128),
+        Case(1, 32, 4, 6000, 19_000, 128),
         Case(1, 16, 2, 9000, 9000, 64),
-        Case(1, 8, 2, 5000, 9000, 256),
+        Case(1, 16, 2, 2000, 17_000, 64),
+        Case(1, 8, 2, 3000, 18_000, 256),
         # Rows without a query, with one, and with as many as there is room for: most turns drawn are empty.
         Case(4, 12, 2, 6000, 6000, 128, ranges=((0, 6000), (5999, 6000), (3000, 3000), (5000, 5700)), strided=True),
         Case(3, 32, 8, 3000, 5000, 64, ranges=((100, 5000), (0, 1500), (4990, 4991))),
@@ -108,8 +110,16 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
     ids=str,
 )
 @pytest.mark.parametrize("keeps", ["own blocks only", "about half", "all blocks"])
-@pytest.mark.parametrize(("with_means", "dtype"), [(False, torch.float16), (True, torch.bfloat16)], ids=["plain", "means"])
-def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, with_means, dtype):
+@pytest.mark.parametrize(
+    ("terms", "dtype"),
+    [
+        ("plain", torch.float16),
+        ("means", torch.bfloat16),
+        ("sinks", torch.bfloat16),
+        ("means and sinks", torch.float16),
+    ],
+)
+def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, terms, dtype):
     """Both write the same rows, nearly the same numbers, and Hopper's the same bits again."""
     from hf_flashprefill.backends.triton import attend, attend_hopper, pool_keys_and_values, run_means
 
@@ -120,14 +130,19 @@ def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, wit
     index = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True).index
     geometry = index.geometry
     assert attend_hopper.fits(query, key, value, geometry.block_size)
-    means = None
-    if with_means:
+    means = sinks = None
+    if "sinks" in terms:
+        # One that takes no part, one above all logits, and what a head without sense has.
+        sinks = torch.linspace(-3, 6, shape.heads, device="cuda")
+        sinks[:4] = torch.tensor([-torch.inf, 300.0, torch.inf, torch.nan], device="cuda")[: shape.heads]
+    if "means" in terms:
         pools = pool_keys_and_values(key, value, geometry, 4)
         means = run_means(pools.key_blocks, pools.value_blocks, 2)
     outputs = []
     for kernel in (attend, attend_hopper, attend_hopper):
         outputs.append(torch.full_like(query, torch.nan))
-        kernel.attend_blocks(query, key, value, index, scale=shape.head_dim**-0.5, output=outputs[-1], means=means)
+        further = {"sinks": sinks, "means": means}
+        kernel.attend_blocks(query, key, value, index, scale=shape.head_dim**-0.5, output=outputs[-1], **further)
     expected, found, again = outputs
     assert torch.equal(found.isnan(), expected.isnan())
     assert not found.isnan().all()

@@ -24,7 +24,7 @@ def as_python(function, **names):
 
 
 GL = SimpleNamespace(maximum=max, minimum=min, where=lambda condition, yes, no: yes if condition else no)
-CONSTANTS = {"BLOCK": turns.BLOCK.value, "_LONG_TILES": turns._LONG_TILES.value, "_NO_TURN": turns._NO_TURN.value}
+CONSTANTS = {name: getattr(turns, name).value for name in ("BLOCK", "_BLOCKS_OF_A_DIRECTION", "_LONG_TILES", "_NO_TURN")}
 
 
 def place_of(geometry: PrefillGeometry, heads: int, number: int):
@@ -103,3 +103,13 @@ def test_turns_without_queries_are_passed_over():
     assert sorted(drawn) == expected
     # A program that asks long after the last turn must not read behind the row spans.
     assert draw(999, shape, None, None, 0, True) == (-1, 0)
+
+
+@pytest.mark.parametrize("listed", [1, 2, 7])
+def test_lists_are_walked_up_and_down_in_turn(listed):
+    """Every entry but the last, which is computed first, once; down in every other run of 128 query blocks."""
+    direction_of = as_python(turns.direction_of, **CONSTANTS)
+    for own in (0, 127, 128, 255, 256, 1000):
+        first, step = direction_of(own, listed)
+        entries = [first + i * step for i in range(listed - 1)]
+        assert entries == sorted(range(listed - 1), reverse=own // 128 % 2 == 1)

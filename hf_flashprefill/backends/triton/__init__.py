@@ -77,11 +77,11 @@ def attend_blocks(
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 
-    The further terms of the softmax are those of ``attend.attend_blocks``, of which the Hopper kernel has the means alone.
+    The further terms of the softmax are those of ``attend.attend_blocks``, of which the Hopper kernel lacks the window.
     """
-    has_kernel = attend_hopper is not None and is_hopper(query) and sliding_window is None and sinks is None
+    has_kernel = attend_hopper is not None and is_hopper(query) and sliding_window is None
     if has_kernel and attend_hopper.fits(query, key, value, index.geometry.block_size):
-        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, means=means)
+        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, sinks=sinks, means=means)
     else:
         attend.attend_blocks(
             query, key, value, index, scale=scale, output=output, sliding_window=sliding_window, sinks=sinks, means=means

@@ -28,6 +28,7 @@ from .attend_hopper_turns import (
     BLOCK,
     announce,
     await_turn,
+    direction_of,
     draw_turn,
     make_announcements,
     next_number,
@@ -40,6 +41,7 @@ from .tuning import hopper_tiles
 
 # Queries of a warpgroup.
 ROWS = gl.constexpr(64)
+LOG2_E = gl.constexpr(math.log2(math.e))
 
 
 @gluon.jit
@@ -58,13 +60,14 @@ def _compute(
     shared,
     QUERY_IN_REGISTERS: gl.constexpr,
     HAS_RANGES: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
     """One of the two computing warpgroups: its 64 queries of the query block, turn after turn; ``done`` counts steps."""
     buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2 = shared
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
-    output_ptr, ranges_ptr, _, _, _, spoiled_ptr = pointers
+    output_ptr, ranges_ptr, _, _, _, spoiled_ptr, sinks_ptr = pointers
     stride_b, stride_h, stride_s = strides
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
@@ -132,6 +135,7 @@ def _compute(
                     query, last_weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + step,
                     step + 1 == steps, 0, 0, MEANS, scale_log2, "means", False,
                 )  # fmt: skip
+            running_max = gl.convert_layout(mean_max, row_layout)
             running_sum = gl.convert_layout(mean_sum, row_layout)
             # The last step's means may be of later blocks. Their weights are zero, but a value that is not finite is not.
             in_last_step = gl.cdiv(own, mean_blocks) - (steps - listed_steps - 1) * MEANS
@@ -140,6 +144,11 @@ def _compute(
             mbarrier.arrive(query_empty.index(buffer), count=1)
         done += steps
         result = last_product(last_weights, result, buffers, barriers, done - 1, unused_from, HAS_RANGES or HAS_MEANS)
+        if HAS_SINKS:
+            sink = gl.load(sinks_ptr + place[1]) * LOG2_E
+            largest = gl.maximum(running_max, sink)
+            # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
+            running_sum += gl.exp2(sink - largest) / gl.exp2(running_max - largest)
         result = result / gl.convert_layout(running_sum, gl.SliceLayout(1, result_layout))[:, None]
         row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
         column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
@@ -159,13 +168,13 @@ def _load(
     HAS_RANGES: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
-    """The loading warp: of each turn the queries, then the listed keys and values in the order they are computed with, then
-    the means."""
+    """The loading warp: of each turn the queries, then the listed keys and values, which are computed with in the order they
+    are loaded, then the means."""
     buffers, barriers, announcements, descriptors, pointers, shape, width, mean_blocks = loaded
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
     query_desc, key_desc, value_desc, _, _, _ = descriptors
-    _, ranges_ptr, next_turn_ptr, counts_ptr, indices_ptr, _ = pointers
+    _, ranges_ptr, next_turn_ptr, counts_ptr, indices_ptr, _, _ = pointers
     heads, _, tiles, _, _, _, _ = shape
     STAGES: gl.constexpr = key_tiles.shape[0]
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
@@ -176,9 +185,9 @@ def _load(
     done = 0
     while number >= 0:
         announce(announcements, turn_full, turn, number, listed)
-        place, block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
+        place, own_block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
         batch, head, tile = place
-        own, first_row = block
+        own, first_row = own_block
         start = span[0]
         list_row = (batch * heads + head) * tiles + tile
         list_ptr = indices_ptr + list_row.to(gl.int64) * width
@@ -195,14 +204,18 @@ def _load(
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + part)
         done += PARTS
         steps = (listed - 1) * PARTS
+        first_entry, direction = direction_of(own, listed)
+        list_ptr += first_entry
         first_steps = gl.minimum(steps, STAGES - PARTS)
         for step in range(first_steps):
-            coordinates = [batch, key_head, start + gl.load(list_ptr + step // PARTS) * BLOCK + step % PARTS * STEP, 0]
+            block = gl.load(list_ptr + direction * (step // PARTS))
+            coordinates = [batch, key_head, start + block * BLOCK + step % PARTS * STEP, 0]
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
         # Now that the buffers are full there is time to ask what comes next.
         number, listed = draw_turn(next_number(next_turn_ptr), shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
         for step in range(first_steps, steps):
-            coordinates = [batch, key_head, start + gl.load(list_ptr + step // PARTS) * BLOCK + step % PARTS * STEP, 0]
+            block = gl.load(list_ptr + direction * (step // PARTS))
+            coordinates = [batch, key_head, start + block * BLOCK + step % PARTS * STEP, 0]
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
         done += steps
         if HAS_MEANS:
@@ -241,6 +254,7 @@ def _attend_hopper_kernel(
     counts_ptr,
     indices_ptr,
     spoiled_ptr,
+    sinks_ptr,
     scale_log2,
     kv_len,
     query_len,
@@ -260,6 +274,7 @@ def _attend_hopper_kernel(
     QUERY_STAGES: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
     HAS_RANGES: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
     """One program of as many as there are multiprocessors: turns until there are no more."""
@@ -283,15 +298,15 @@ def _attend_hopper_kernel(
     fence_async_shared()
 
     shape = (heads, batch_heads, tiles, first_query_block, query_offset, query_len, kv_len)
-    pointers = (output_ptr, ranges_ptr, next_turn_ptr, counts_ptr, indices_ptr, spoiled_ptr)
+    pointers = (output_ptr, ranges_ptr, next_turn_ptr, counts_ptr, indices_ptr, spoiled_ptr, sinks_ptr)
     strides = (stride_ob, stride_oh, stride_os)
     descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc, mean_weights_desc)
     shared = (buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2)
     loaded = (buffers, barriers, announcements, descriptors, pointers, shape, width, mean_blocks)
     gl.warp_specialize(
         [
-            (_compute, (0, shared, QUERY_IN_REGISTERS, HAS_RANGES, HAS_MEANS)),
-            (_compute, (1, shared, QUERY_IN_REGISTERS, HAS_RANGES, HAS_MEANS)),
+            (_compute, (0, shared, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)),
+            (_compute, (1, shared, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)),
             (_load, (loaded, GROUP, HAS_RANGES, HAS_MEANS)),
         ],
         [4, 1],
@@ -321,11 +336,12 @@ def attend_blocks(
     *,
     scale: float,
     output: torch.Tensor,
+    sinks: torch.Tensor | None = None,
     means: RunMeans | None = None,
 ) -> None:
     """Write the attention of the index's query blocks into ``output`` [B, Hq, Sq, D]; other rows are left alone.
 
-    ``means`` come from ``run_means``; dropped blocks take part through them.
+    ``sinks`` are float32 [Hq]; ``means`` come from ``run_means``, and dropped blocks take part through them.
     """
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
@@ -347,7 +363,8 @@ def attend_blocks(
             index.counts,
             index.indices,
             None if means is None else means.spoiled,
-            scale * math.log2(math.e),
+            sinks,
+            scale * LOG2_E.value,
             geometry.kv_len,
             query_len,
             geometry.query_offset,
@@ -364,6 +381,7 @@ def attend_blocks(
             QUERY_STAGES=tiles.query_stages,
             QUERY_IN_REGISTERS=tiles.query_in_registers,
             HAS_RANGES=geometry.valid_ranges is not None,
+            HAS_SINKS=sinks is not None,
             HAS_MEANS=means is not None,
             num_warps=4,
             enable_fp_fusion=True,

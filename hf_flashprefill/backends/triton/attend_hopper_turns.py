@@ -21,6 +21,9 @@ _SHARED_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 _NO_TURN = gl.constexpr(-1)
 # Query blocks at the end of a call are usually attended in full.
 _LONG_TILES = gl.constexpr(2)
+# About as many as there are multiprocessors, so that most of what runs together walks its lists the same way; not their exact
+# number, nor the turn's, so that a query block's bits depend on neither.
+_BLOCKS_OF_A_DIRECTION = gl.constexpr(128)
 
 
 @gluon.jit
@@ -80,6 +83,21 @@ def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
     start, query_begin, _, _ = span
     own = query_begin // BLOCK + first_query_block + tile
     return (batch, row_head - batch * heads, tile), (own, start - query_offset + own * BLOCK), span
+
+
+@gluon.jit
+def direction_of(own, listed):
+    """(first, step): of the list of the query block with the key block ``own`` the entries but the last, which is loaded before
+    them, are loaded from entry ``first`` on, ``step`` apart, which is 1 or -1.
+
+    Every 128 query blocks the direction turns, so that a list begins where the one before it ended, with keys that are still in
+    the L2 cache. Turning took .99 of the time of rising lists at 128K tokens, .98 and 1.00 on two GPUs at 256K (H200, 32 query
+    and 8 key-value heads, head_dim 128, bfloat16, published densities, one process each). Up to 64K all keys of a head fit the
+    cache. Longest lists first among turns that run together kept these closer in step, but cost a kernel: with it .98 at 256K,
+    1.01 with means up to 32K.
+    """
+    is_rising = (own // _BLOCKS_OF_A_DIRECTION) % 2 == 0
+    return gl.where(is_rising, 0, listed - 2), gl.where(is_rising, 1, -1)
 
 
 @gluon.jit
