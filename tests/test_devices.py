@@ -1,11 +1,5 @@
 """Models spread over devices and processes, as far as a CPU can show it."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +8,7 @@ from hf_flashprefill import patch_model, prefill_stats, unpatch_model
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import SITUATIONS, padding, prompt
 from tests.inputs import tiny_model
+from tests.tensor_parallel import see_split
 from tests.tolerance import assert_same_output
 
 accelerate = pytest.importorskip("accelerate")
@@ -86,24 +81,9 @@ def test_a_mask_that_moves_between_devices_is_still_known(window):
 
 def test_tensor_parallel_over_two_processes(tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    script = Path(__file__).with_name("tensor_parallel.py")
-    root = str(script.parent.parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path),
-    ]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    seen = see_split(tmp_path, "cpu")
     # 4 query heads of 32: each process has 2 of them, and selects for these alone.
-    assert (seen["processes"], seen["local_rows"], seen["local_heads"]) == (2, 64, [2, 2])
+    assert (seen["processes"], seen["device"], seen["local_rows"], seen["local_heads"]) == (2, "cpu", 64, [2, 2])
     assert (seen["sparse_calls"], seen["dense_calls"]) == (2, {})
     assert max(seen["error"], seen["unpatched_error"]) < 2e-5
     assert seen["same_tokens"]

@@ -7,7 +7,8 @@ whose first products take the place that a further tile would have.
 
 On an H200 with 32 query and 8 key-value heads, head_dim 128 and bfloat16 the energies take 0.33 ms instead of 0.46 at 64K
 tokens, 1.17 instead of 1.56 at 128K and 4.5 instead of 5.7 at 256K. To issue a product in one piece before the reduction, as
-the attend kernel does, made it 9 % slower.
+the attend kernel does, made it 9 % slower; to let the warpgroups take exponentials in turns, 2 % faster from 128K tokens on and
+2 % slower at 8K.
 """
 
 from __future__ import annotations
