@@ -9,6 +9,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers would otherwise each take every core.
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
