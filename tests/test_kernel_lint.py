@@ -16,7 +16,7 @@ def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
     """How much a kernel may spill; no loop may know of it."""
     if kernel in ("attend", "attend window sinks", "attend means"):
         # 12 to 24 bytes before the loop.
-        return 24 if version("triton").startswith("3.6.") else 0
+        return 24 if version("triton").startswith(("3.6.", "3.7.")) else 0
     # Results and weights take 176 of a thread's 240 registers; addresses are laid aside between loops.
     return 128 if kernel.startswith("attend_hopper") and head_dim == 256 else 0
 

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_primitives import as_shape, copy_to_shared
+from .hopper_primitives import copy_to_shared, first_rows
 
 # Means per step; there are 64 in all at 64K tokens. H200, published densities: in steps of 128, with weights loaded by the
 # computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K; now at most 4 and 3 %.
@@ -66,7 +66,7 @@ def _tile(tiles, stage, ROWS: gl.constexpr):
     HEAD_DIM: gl.constexpr = tiles.shape[4]
     if tiles.shape[3] == ROWS:
         return tiles.index(stage).reshape([ROWS, HEAD_DIM])
-    return as_shape(tiles.index(stage), [1, 1, ROWS, HEAD_DIM]).reshape([ROWS, HEAD_DIM])
+    return first_rows(tiles.index(stage), ROWS).reshape([ROWS, HEAD_DIM])
 
 
 @gluon.jit
@@ -205,13 +205,12 @@ def load_means(descriptors, head, list_row, first_mean, buffers, barriers, now):
     _, _, key_full, key_empty, value_full, value_empty, _ = barriers
     _, _, _, key_desc, value_desc, weights_desc = descriptors
     STAGES: gl.constexpr = key_tiles.shape[0]
-    shape: gl.constexpr = key_desc.block_type.shape
     stage = now % STAGES
     phase = ((now // STAGES) & 1) ^ 1
     mbarrier.wait(key_empty.index(stage), phase)
     mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes + weights_desc.block_type.nbytes)
     copy_to_shared(weights_desc, [list_row, first_mean], key_full.index(stage), mean_weights.index(stage))
-    copy_to_shared(key_desc, head + [first_mean, 0], key_full.index(stage), as_shape(key_tiles.index(stage), shape))
+    copy_to_shared(key_desc, head + [first_mean, 0], key_full.index(stage), first_rows(key_tiles.index(stage), MEANS))
     mbarrier.wait(value_empty.index(stage), phase)
     mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-    copy_to_shared(value_desc, head + [first_mean, 0], value_full.index(stage), as_shape(value_tiles.index(stage), shape))
+    copy_to_shared(value_desc, head + [first_mean, 0], value_full.index(stage), first_rows(value_tiles.index(stage), MEANS))

@@ -30,16 +30,22 @@ def describe_rows(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
     @gluon.jit
-    def as_shape(tile, shape: gl.constexpr):
-        """The first part of a tile's memory."""
+    def _as_shape(tile, shape: gl.constexpr):
         return tile.reinterpret(tile.dtype, shape, tile.layout)
 
 else:
 
     @gluon.jit
-    def as_shape(tile, shape: gl.constexpr):
-        """The first part of a tile's memory."""
+    def _as_shape(tile, shape: gl.constexpr):
         return tile._reinterpret(tile.dtype, shape, tile.layout)
+
+
+@gluon.jit
+def first_rows(tile, ROWS: gl.constexpr):
+    """The first part of the memory of a tile [1, 1, rows, D], a whole number of times as long, as a tile [1, 1, ROWS, D]."""
+    # As a row of such tiles: Triton 3.8 refuses a shape that does not fill the memory, 3.6 and 3.9 take it.
+    shape: gl.constexpr = [tile.shape[2] // ROWS, 1, 1, ROWS, tile.shape[3]]
+    return _as_shape(tile, shape).index(0)
 
 
 @gluon.jit
