@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from hf_flashprefill import patched, prefill_stats
+from hf_flashprefill.support.families import tiny_model
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import padding, prompt
 
@@ -31,6 +32,17 @@ def see_split(folder: Path, device: str) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def check_split(folder: Path, device: str, tolerance: float) -> None:
+    """A tiny model split over two processes gives the whole one's logits, to ``tolerance``, and its tokens, patched or not."""
+    tiny_model().save_pretrained(folder)
+    seen = see_split(folder, device)
+    # 4 query heads of 32: each process has 2 of them, and selects for these alone.
+    assert (seen["processes"], seen["device"], seen["local_rows"], seen["local_heads"]) == (2, device, 64, [2, 2])
+    assert (seen["sparse_calls"], seen["dense_calls"]) == (2, {})
+    assert max(seen["error"], seen["unpatched_error"]) < tolerance
+    assert seen["same_tokens"]
 
 
 @torch.no_grad()

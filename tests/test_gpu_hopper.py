@@ -98,9 +98,11 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
         # are walked the other way.
         Case(1, 3, 1, 1, 700, 64),
         Case(1, 4, 4, 90, 90, 128),
+        Case(1, 28, 4, 9000, 9000, 128),
         Case(1, 32, 4, 6000, 19_000, 128),
         Case(1, 16, 2, 9000, 9000, 64),
         Case(1, 16, 2, 2000, 17_000, 64),
+        Case(1, 8, 2, 5000, 9000, 256),
         Case(1, 8, 2, 3000, 18_000, 256),
         # Rows without a query, with one, and with as many as there is room for: most turns drawn are empty.
         Case(4, 12, 2, 6000, 6000, 128, ranges=((0, 6000), (5999, 6000), (3000, 3000), (5000, 5700)), strided=True),

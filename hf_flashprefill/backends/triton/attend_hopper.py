@@ -145,7 +145,7 @@ def _compute(
         done += steps
         result = last_product(last_weights, result, buffers, barriers, done - 1, unused_from, HAS_RANGES or HAS_MEANS)
         if HAS_SINKS:
-            sink = gl.load(sinks_ptr + place[1]) * LOG2_E
+            sink = gl.load(sinks_ptr + head) * LOG2_E
             largest = gl.maximum(running_max, sink)
             # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
             running_sum += gl.exp2(sink - largest) / gl.exp2(running_max - largest)
