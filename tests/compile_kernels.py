@@ -142,7 +142,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         "longest_queries",
         longest._longest_queries_kernel.warmup(
             query, None, counts, *lengths, *strides, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK,
-            TOKENS=longest.TOKENS, STRIDE=8, HAS_RANGES=False, num_warps=head_dim // 16, grid=(1,),
+            TOKENS=longest.TOKENS, STRIDE=8, HAS_RANGES=False, num_warps=head_dim // 16, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
                 key, key if has_all else None, None, key if has_all else None, key, key if has_all else None, TOKENS, TOKENS,
                 *key.stride()[:3], *key.stride()[:3], HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK, POOL=run, TILE=TILE,
                 HAS_RANGES=False, HAS_POOLS=has_all, HAS_BLOCKS=True, HAS_VALUES=has_all,
-                num_warps=tuning.pool_warps(BLOCK // run, head_dim), grid=(1,),
+                num_warps=tuning.pool_warps(BLOCK // run, head_dim), enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 
@@ -161,13 +161,13 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         "run_means",
         means._run_means_kernel.warmup(
             key, key, key, counts, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4,
-            grid=(1,),
+            enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
     yield (
         "weigh_means",
         means._weigh_means_kernel.warmup(
-            number, counts, scores, 4, 128, 4, LOG2_BLOCK=7, WIDTH=means.WIDTH, num_warps=1, grid=(1,)
+            number, counts, scores, 4, 128, 4, LOG2_BLOCK=7, WIDTH=means.WIDTH, num_warps=1, enable_fp_fusion=True, grid=(1,)
         ),
     )
 
@@ -177,7 +177,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         "gather",
         gather._gather_pages_kernel.warmup(
             *pages, counts, key, TOKENS, *pages[0].stride()[:3], *pages[1].stride()[:3], PAGE=16, HEAD_DIM=head_dim,
-            BLOCK_D=head_dim, TOKENS=gather.TILE // head_dim, num_warps=4, grid=(1,),
+            BLOCK_D=head_dim, TOKENS=gather.TILE // head_dim, num_warps=4, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
 

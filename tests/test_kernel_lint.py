@@ -1,5 +1,6 @@
 """Every kernel compiles for every GPU generation without spilling and without serialised matrix products, GPU or not."""
 
+import ast
 import json
 import os
 import subprocess
@@ -19,6 +20,20 @@ def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
         return 24 if version("triton").startswith(("3.6.", "3.7.")) else 0
     # Results and weights take 176 of a thread's 240 registers; addresses are laid aside between loops.
     return 128 if kernel.startswith("attend_hopper") and head_dim == 256 else 0
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused():
+    """Triton 3.9 warns users of a launch that does not, and 3.10 will no longer fuse them then."""
+    options = []
+    for path in (ROOT / "hf_flashprefill" / "backends" / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                options.append({keyword.arg for keyword in node.keywords})
+            elif isinstance(node, ast.Dict):
+                options.append({key.value for key in node.keys if isinstance(key, ast.Constant)})
+    options = [names for names in options if "num_warps" in names]
+    assert len(options) == 12
+    assert all("enable_fp_fusion" in names for names in options)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
@@ -54,7 +69,7 @@ def test_kernels_compile_clean(capability):
         allowed = _bytes_laid_aside(verdict["kernel"], verdict["head_dim"])
         assert verdict["spilled"] <= allowed, verdict
         assert verdict["spilled_in_loops"] == 0, verdict
-        if "hopper" in verdict["kernel"]:
+        if verdict["kernel"].startswith("attend_hopper"):
             assert verdict["late_exponentials"] == 0, verdict
         assert verdict["warnings"] == [], verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.

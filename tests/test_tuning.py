@@ -4,12 +4,12 @@ from hf_flashprefill.backends.triton.tuning import energy_heads, probe_splits
 
 
 @pytest.mark.parametrize(
-    ("heads", "pairs", "expected"),
-    # 132 multiprocessors want 119 programs.
-    [(32, 1024, 16), (32, 60, 16), (32, 59, 8), (32, 16, 4), (32, 7, 1), (28, 1000, 4), (7, 1000, 1)],
+    ("heads", "programs", "expected"),
+    # 132 multiprocessors want 198 programs.
+    [(32, 1024, 16), (32, 99, 16), (32, 98, 8), (32, 25, 4), (32, 12, 1), (28, 1000, 4), (7, 1000, 1)],
 )
-def test_programs_of_the_published_rule_take_many_heads(heads, pairs, expected):
-    assert energy_heads(heads, pairs, processors=132) == expected
+def test_programs_of_the_published_rule_take_many_heads(heads, programs, expected):
+    assert energy_heads(heads, programs, processors=132) == expected
 
 
 @pytest.mark.parametrize(

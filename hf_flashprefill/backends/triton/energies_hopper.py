@@ -1,14 +1,14 @@
-"""Energies of block means for Hopper GPUs, in Gluon: what ``energies.find_energies`` does, one tile's products under another's
-exponentials.
+"""Energies of block means for Hopper GPUs, in Gluon: what ``energies.find_energies`` does, one warpgroup's products under the
+others' exponentials.
 
-One warp loads queries and tiles of block means with the bulk tensor copy engine; two warpgroups, a query block each, multiply
-the next tile on the tensor cores while they reduce the last one. A program works through several heads of its query blocks,
-whose first products take the place that a further tile would have.
+One warp loads queries and tiles of block means with the bulk tensor copy engine; three warpgroups, a query block each, multiply
+a tile on the tensor cores and reduce it. A program works through several heads of its query blocks and has buffers for the next
+head's queries.
 
-On an H200 with 32 query and 8 key-value heads, head_dim 128 and bfloat16 the energies take 0.33 ms instead of 0.46 at 64K
-tokens, 1.17 instead of 1.56 at 128K and 4.5 instead of 5.7 at 256K. To issue a product in one piece before the reduction, as
-the attend kernel does, made it 9 % slower; to let the warpgroups take exponentials in turns, 2 % faster from 128K tokens on and
-2 % slower at 8K.
+With two warpgroups that also multiplied the next tile beside each reduction the selection took 0.116 ms instead of 0.112 at
+32K tokens, 0.344 instead of 0.318 at 64K, 1.21 instead of 1.04 at 128K and 4.86 instead of 4.09 at 256K, but 0.033 instead of
+0.037 at 8K (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, one process; the portable kernel takes 1.56 at 128K
+and 5.7 at 256K for the energies alone).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .tuning import energy_heads
 BLOCK = gl.constexpr(128)
 # Block means of a step.
 TILE = gl.constexpr(64)
-STAGES = gl.constexpr(4)
+STAGES = gl.constexpr(2)
 # Buffers of queries, so that the next head's arrive while this one's are used.
 QUERY_STAGES = gl.constexpr(2)
-WARPGROUPS = gl.constexpr(2)
+WARPGROUPS = gl.constexpr(3)
 
 
 @gluon.jit
@@ -58,46 +58,37 @@ def _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE: gl.const
 
 
 @gluon.jit
-def _step(products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, IS_WHOLE: gl.constexpr):
-    """Reduce the products of step ``number``, of the ``turn``-th head's ``tile``-th tile, while those of the next are made."""
+def _step(number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, IS_WHOLE: gl.constexpr):
+    """Step ``number``: the energies of the ``turn``-th head's ``tile``-th tile. Returns the next step's tile and turn."""
     query_tiles, mean_tiles, barriers, work, scale_log2 = shared
     query_full, query_empty, full, empty = barriers
-    total, steps = work
+    total, _ = work
     first_query, end_query = query_range
     HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
-    layout: gl.constexpr = products.type.layout
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     is_last = tile + 1 == total
-    next_tile = gl.where(is_last, 0, tile + 1)
-    next_turn = gl.where(is_last, turn + 1, turn)
-    following = number + 1
-    stage = following % STAGES
-    buffer = next_turn % QUERY_STAGES * WARPGROUPS + warpgroup
-    # After the last step the product reads old buffers; nothing uses what comes of it.
-    mbarrier.wait(full.index(stage), (following // STAGES) & 1, pred=following < steps)
-    mbarrier.wait(query_full.index(buffer), (next_turn // QUERY_STAGES) & 1, pred=following < steps)
+    stage = number % STAGES
+    buffer = turn % QUERY_STAGES * WARPGROUPS + warpgroup
+    mbarrier.wait(full.index(stage), (number // STAGES) & 1)
+    mbarrier.wait(query_full.index(buffer), (turn // QUERY_STAGES) & 1)
     query = query_tiles.index(buffer).reshape([BLOCK, HEAD_DIM])
     zeros = gl.zeros([TILE, BLOCK], gl.float32, layout)
     in_work = warpgroup_mma(mean_tiles.index(stage), query.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    products = warpgroup_mma_wait(0, deps=[in_work])
+    mbarrier.arrive(empty.index(stage), count=1)
+    mbarrier.arrive(query_empty.index(buffer), count=1, pred=is_last)
     energies = _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE)
     blocks = tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
     gl.store(targets + turn * turn_stride + blocks, energies, mask=blocks < own)
-    # A wait of its own basic block: without it ptxas moves the product's wait in front of the reduction.
-    mbarrier.wait(full.index((number + 2) % STAGES), ((number + 2) // STAGES) & 1, pred=number + 2 < steps)
-    products = warpgroup_mma_wait(0, deps=[in_work])
-    mbarrier.arrive(empty.index(stage), count=1, pred=following < steps)
-    mbarrier.arrive(query_empty.index(buffer), count=1, pred=(following < steps) & (next_tile + 1 == total))
-    return products, next_tile, next_turn
+    return gl.where(is_last, 0, tile + 1), gl.where(is_last, turn + 1, turn)
 
 
 @gluon.jit
 def _score(warpgroup, shared, scored):
     """One warpgroup: the energies of one query block of each head of the program."""
-    query_tiles, mean_tiles, barriers, work, _ = shared
-    query_full, query_empty, full, empty = barriers
+    _, _, _, work, _ = shared
     total, steps = work
     energies_ptr, list_row, tiles, width, first_own, last_own, query_begin, query_end = scored
-    HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     own = first_own + warpgroup
     query_range = (query_begin - own * BLOCK, query_end - own * BLOCK)
     is_whole = (own * BLOCK >= query_begin) & ((own + 1) * BLOCK <= query_end)
@@ -106,33 +97,14 @@ def _score(warpgroup, shared, scored):
     targets = energies_ptr + (list_row + warpgroup) * width
     turn_stride = tiles * width
 
-    if steps > 0:
-        mbarrier.wait(query_full.index(warpgroup), 0)
-        mbarrier.wait(full.index(0), 0)
-        query = query_tiles.index(warpgroup).reshape([BLOCK, HEAD_DIM])
-        zeros = gl.zeros([TILE, BLOCK], gl.float32, layout)
-        products = warpgroup_mma(mean_tiles.index(0), query.permute([1, 0]), zeros, use_acc=False, is_async=True)
-        products = warpgroup_mma_wait(0, deps=[products])
-        mbarrier.arrive(empty.index(0), count=1)
-        mbarrier.arrive(query_empty.index(warpgroup), count=1, pred=total == 1)
-        tile = total * 0
-        turn = total * 0
-        if is_whole:
-            # Two by two, so that products never move from register to register.
-            for pair in range(steps // 2):
-                for second in gl.static_range(2):
-                    products, tile, turn = _step(
-                        products, 2 * pair + second, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, True
-                    )
-            for number in range(steps // 2 * 2, steps):
-                products, tile, turn = _step(
-                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, True
-                )
-        else:
-            for number in range(steps):
-                products, tile, turn = _step(
-                    products, number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, False
-                )
+    tile = total * 0
+    turn = total * 0
+    if is_whole:
+        for number in range(steps):
+            tile, turn = _step(number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, True)
+    else:
+        for number in range(steps):
+            tile, turn = _step(number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, False)
 
 
 @gluon.jit
@@ -210,10 +182,11 @@ def _energies_hopper_kernel(
         [
             (_score, (0, shared, scored)),
             (_score, (1, shared, scored)),
+            (_score, (2, shared, scored)),
             (_load, (shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, loading_turns, GROUP)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 4, 1],
+        [144, 144, 24],
     )
 
 
@@ -227,12 +200,12 @@ def find_energies(call: EnergyCall) -> None:
     """Write ``call.energies`` for what ``fits``."""
     batch, heads, _, head_dim = call.query.shape
     tiles, width = call.energies.shape[2:]
-    pairs = -(-tiles // WARPGROUPS.value)
-    head_count = energy_heads(heads, pairs * batch, multiprocessors(call.query))
+    programs = -(-tiles // WARPGROUPS.value)
+    head_count = energy_heads(heads, programs * batch, multiprocessors(call.query))
     block = (TILE.value, head_dim)
     means = call.means.view(-1, head_dim)
     with launch_context(call.query):
-        _energies_hopper_kernel[heads // head_count, pairs, batch](
+        _energies_hopper_kernel[heads // head_count, programs, batch](
             describe_rows(call.query, BLOCK.value),
             TensorDescriptor.from_tensor(means, list(block), shared_layout(block, means.dtype)),
             call.geometry.valid_ranges,

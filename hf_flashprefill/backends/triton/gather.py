@@ -81,5 +81,6 @@ def gather_pages(
             BLOCK_D=block_d,
             TOKENS=tokens,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return output[0], output[1]

@@ -85,5 +85,6 @@ def longest_queries(
             STRIDE=query_stride,
             HAS_RANGES=geometry.valid_ranges is not None,
             num_warps=min(max(TOKENS * block_d // 1024, 1), 8),
+            enable_fp_fusion=True,
         )
     return positions

@@ -90,6 +90,7 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
             BLOCK_D=block_d,
             RUNS=runs,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return RunMeans(output[0], output[1], spoiled)
 
@@ -150,5 +151,6 @@ def weigh_means(index: BlockIndex, mean_blocks: int) -> torch.Tensor:
             LOG2_BLOCK=index.geometry.block_size.bit_length() - 1,
             WIDTH=WIDTH,
             num_warps=1,
+            enable_fp_fusion=True,
         )
     return weights

@@ -190,4 +190,5 @@ def _pool(
             HAS_BLOCKS=key_blocks is not None,
             HAS_VALUES=value is not None,
             num_warps=pool_warps(geometry.block_size // run, block_d),
+            enable_fp_fusion=True,
         )

@@ -1,12 +1,11 @@
-"""The finer probe for Hopper GPUs, in Gluon: what ``probe.py`` does, one tile's products under another's reduction.
+"""The finer probe for Hopper GPUs, in Gluon: what ``probe.py`` does, one warpgroup's products under the others' reductions.
 
-One warp loads tiles of pooled keys with the bulk tensor copy engine; three warpgroups, 64 probing queries each, multiply the
-next tile on the tensor cores while they reduce the last one. Triton waits for every product where it issues it, and then two
-programs on a multiprocessor fall into step: both multiply, then both reduce.
-
-On an H200 with 32 query and 8 key-value heads, head_dim 128 and bfloat16 the selection takes 1.38 ms instead of 1.54 at 64K
-tokens, 4.97 instead of 5.92 at 128K and 19.4 instead of 21.5 at 256K. Without the exponentials it takes 4.17 at 128K, at about
-650 TFLOP/s: what remains is products.
+One warp loads tiles of pooled keys with the bulk tensor copy engine; four warpgroups, 64 probing queries each, multiply a tile
+on the tensor cores and reduce it. Each waits for its own products before it reduces them, which leaves the registers for a
+fourth: with three warpgroups that also multiplied the next tile beside each reduction the selection took 0.39 ms instead of
+0.36 at 32K tokens and 4.9 instead of 4.6 at 128K, but 0.065 instead of 0.068 at 8K (H200, 32 query and 8 key-value heads,
+head_dim 128, bfloat16; the portable kernel takes 5.9 at 128K). Warpgroups that multiplied in turn gained 1 to 2 % more from 32K
+tokens on.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .tuning import ProbeTiles
 # Probing queries of a warpgroup.
 _ROWS = gl.constexpr(64)
 _TILE = gl.constexpr(TILE)
-_WARPGROUPS = gl.constexpr(3)
+_WARPGROUPS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -54,14 +53,12 @@ def _reduce(products, running_max, running_sum, scale_log2, PER_BLOCK: gl.conste
 @gluon.jit
 def _step(
     query,
-    products,
     running_max,
     running_sum,
     zeros,
     pooled_tiles,
     barriers,
     number,
-    total,
     targets,
     scale_log2,
     position,
@@ -71,16 +68,16 @@ def _step(
     BLOCK: gl.constexpr,
     POOL: gl.constexpr,
 ):
-    """Reduce the products of the ``number``-th tile, counted from tile ``begin``, while those of the next are made."""
+    """Multiply with the ``number``-th tile, counted from tile ``begin``, and reduce the products."""
     full, empty = barriers
     STAGES: gl.constexpr = pooled_tiles.shape[0]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
     layout: gl.constexpr = zeros.type.layout
-    following = number + 1
-    stage = following % STAGES
-    # After the last tile the product reads an old one; nothing uses what comes of it.
-    mbarrier.wait(full.index(stage), (following // STAGES) & 1, pred=following < total)
+    stage = number % STAGES
+    mbarrier.wait(full.index(stage), (number // STAGES) & 1)
     in_work = warpgroup_mma(query, pooled_tiles.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
+    products = warpgroup_mma_wait(0, deps=[in_work])
+    mbarrier.arrive(empty.index(stage), count=1)
     if not IS_WHOLE:
         column = gl.arange(0, _TILE, layout=gl.SliceLayout(0, layout))
         tile_slot = column // (4 * PER_BLOCK) * 4 + column // 2 % 4
@@ -91,11 +88,7 @@ def _step(
         products = gl.where(is_seen, products, float("-inf"))
     peaks, running_max, running_sum = _reduce(products, running_max, running_sum, scale_log2, PER_BLOCK)
     gl.store(targets + number * (_ROWS * (_TILE // PER_BLOCK)), peaks * scale_log2)
-    # A wait of its own basic block: without it ptxas moves the product's wait in front of the reduction.
-    mbarrier.wait(full.index((number + 2) % STAGES), ((number + 2) // STAGES) & 1, pred=number + 2 < total)
-    products = warpgroup_mma_wait(0, deps=[in_work])
-    mbarrier.arrive(empty.index(stage), count=1, pred=following < total)
-    return products, running_max, running_sum
+    return running_max, running_sum
 
 
 @gluon.jit
@@ -142,11 +135,6 @@ def _probe(
         position = gl.convert_layout(position, row_layout)
 
         zeros = gl.zeros([_ROWS, _TILE], gl.float32, layout)
-        mbarrier.wait(full.index(0), 0)
-        products = warpgroup_mma(query, pooled_tiles.index(0).permute([1, 0]), zeros, use_acc=False, is_async=True)
-        products = warpgroup_mma_wait(0, deps=[products])
-        mbarrier.arrive(empty.index(0), count=1)
-
         state_layout: gl.constexpr = gl.max(gl.max(_by_block(zeros, PER_BLOCK), 4), 2).type.layout
         # A finite start keeps queries that have seen nothing yet free of inf - inf.
         running_max = gl.full([_ROWS, TILE_BLOCKS // 4, 4], -1e30, gl.float32, state_layout)
@@ -157,17 +145,15 @@ def _probe(
         targets = peaks_ptr + part * part_size + begin * (_ROWS * TILE_BLOCKS)
         targets += target_row[:, None, None] * TILE_BLOCKS + fours[None, :, None] * 4 + slot[None, None, :]
 
-        # Two by two, so that products never move from register to register.
-        for pair in range(whole // 2):
-            for second in gl.static_range(2):
-                products, running_max, running_sum = _step(
-                    query, products, running_max, running_sum, zeros, pooled_tiles, barriers, 2 * pair + second, total,
-                    targets, scale_log2, position, begin, key_end, True, BLOCK, POOL,
-                )  # fmt: skip
-        for number in range(whole // 2 * 2, total):
-            products, running_max, running_sum = _step(
-                query, products, running_max, running_sum, zeros, pooled_tiles, barriers, number, total,
-                targets, scale_log2, position, begin, key_end, False, BLOCK, POOL,
+        for number in range(whole):
+            running_max, running_sum = _step(
+                query, running_max, running_sum, zeros, pooled_tiles, barriers, number, targets, scale_log2, position, begin,
+                key_end, True, BLOCK, POOL,
+            )  # fmt: skip
+        for number in range(whole, total):
+            running_max, running_sum = _step(
+                query, running_max, running_sum, zeros, pooled_tiles, barriers, number, targets, scale_log2, position, begin,
+                key_end, False, BLOCK, POOL,
             )  # fmt: skip
 
         largest = gl.max(gl.max(running_max, 2), 1)
@@ -284,10 +270,11 @@ def _probe_hopper_kernel(
             (_probe, (0, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE)),
             (_probe, (1, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE)),
             (_probe, (2, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE)),
+            (_probe, (3, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE)),
             (_load, (pooled_tiles, barriers, pooled_desc, pooled_row + begin * _TILE, total)),
         ],
-        [4, 4, 1],
-        [160, 160, 24],
+        [4, 4, 4, 1],
+        [112, 112, 112, 24],
     )
 
 

@@ -61,13 +61,14 @@ def energy_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) 
     return EnergyTiles(64, num_warps=8, num_stages=2)
 
 
-def energy_heads(heads: int, pairs: int, processors: int) -> int:
-    """How many heads a program of the published rule's Hopper kernel works through, of ``heads`` with ``pairs`` of query blocks
-    each: as many as leave nearly every multiprocessor a program."""
-    # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, two, four, eight and sixteen heads: 22, 19, 19 and 27 us at
-    # 4K tokens, 64, 54, 50 and 52 at 16K, 414, 368, 342 and 335 at 64K, 4.78, 4.55, 4.55 and 4.43 ms at 256K.
-    fewest = math.ceil(0.9 * processors)
-    return next((n for n in (16, 8, 4, 2) if heads % n == 0 and heads // n * pairs >= fewest), 1)
+def energy_heads(heads: int, programs: int, processors: int) -> int:
+    """How many heads a program of the published rule's Hopper kernel works through, of ``heads`` with ``programs`` each if one
+    at a time: as many as leave every multiprocessor a program and every other a second."""
+    # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, at least 0.9, 1.5 and 2.5 programs a multiprocessor, one
+    # process: selections of 126, 112 and 113 us at 32K tokens, 36, 37 and 37 at 8K, 318, 318 and 318 at 64K, 4.12, 4.09 and
+    # 4.12 ms at 256K.
+    fewest = math.ceil(1.5 * processors)
+    return next((n for n in (16, 8, 4, 2) if heads % n == 0 and heads // n * programs >= fewest), 1)
 
 
 class HopperTiles(NamedTuple):
@@ -144,9 +145,9 @@ def probe_splits(programs: int, at_once: int, tiles: int, is_even: bool) -> int:
     at a time and the longest sees ``tiles`` tiles of pooled keys.
 
     Programs that are about as long, ``is_even``, run in turns, of which the last leaves most of the GPU idle if there are few:
-    with those of the last 8K of 128K tokens, 176 on 132 multiprocessors, the selection took 771 us, in three splits 568 (H200,
-    32 query and 8 key-value heads, head_dim 128, bfloat16). Where short ones fill the gaps splits only cost: 72 and 86 us at
-    8K tokens.
+    with 176 for the last 8K of 128K tokens on 132 multiprocessors the selection took 771 us, in three splits 568 (H200, three
+    parts a program, 32 query and 8 key-value heads, head_dim 128, bfloat16). Where short ones fill the gaps splits only cost:
+    72 and 86 us at 8K tokens.
     """
     if not is_even or programs >= 2 * at_once:
         return 1
