@@ -10,7 +10,7 @@ Per length L and imposed density, the whole operator (pool, select, attend) is t
 - ``chunked_tails``: the same chunks with the default's query blocks in full at the end of each, against the whole prompt and as
   much more attention as these list more blocks.
 
-``overhead`` is the time over that of the same work less 1. Every figure is a median, all in one process, of a GPU that has
+``overhead`` is the time over that of the same work less 1. Every figure is a median, all measured in turns, of a GPU that has
 work waiting, as in a model's prefill. The density is imposed by a wide local window, with no query block in full but in
 ``chunked_tails``.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +41,7 @@ from eval.operator_speed import (
 from eval.schema import Result
 from eval.ttft import config_for_density
 from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attention
-from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, median_ms
+from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, medians_ms
 from hf_flashprefill.functional import resolve_backend
 
 
@@ -93,14 +92,13 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
     config = config_for_density(config, length, density)
     calls = layout_calls(random_tensors(2, length, args.head_dim, args), config, min(args.chunk, length))
 
-    def timed(run: Callable[[], object]) -> dict[str, float]:
-        return median_ms(run, args.device, args.seconds, queued=True)
-
-    times = {name: timed(partial(run_all, made_of)) for name, (made_of, _) in calls.items()}
     blocks = {name: sum(int(call.index().counts.sum()) for call in made_of) for name, (made_of, _) in calls.items()}
     [one], _ = calls["one"]
     backend, scale = resolve_backend(args.backend, one.tensors[0]), args.head_dim**-0.5
-    attend_ms = timed(stage_runs(backend, one.tensors, one.index(), config, scale)["attend"])["median_ms"]
+    runs = {name: partial(run_all, made_of) for name, (made_of, _) in calls.items()}
+    runs["attend"] = stage_runs(backend, one.tensors, one.index(), config, scale)["attend"]
+    times = medians_ms(runs, args.device, args.seconds, queued=True)
+    attend_ms = times["attend"]["median_ms"]
     rows = []
     for name, (_, same_work) in calls.items():
         more_blocks = blocks[name] - sum(blocks[other] for other in same_work)

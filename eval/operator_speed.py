@@ -6,9 +6,9 @@
 Which blocks are attended is imposed: sink and window blocks, the last query blocks in full, and random blocks up to the
 density asked for, so that every implementation does the same work whatever the tensors hold. The index (pool and select) is
 computed in full on the same tensors at alpha 1 and its lists are then set aside. ``operator`` is all three stages called one
-after the other, which is what a layer waits for; the stages are also timed alone. A correctness gate comes first; if it
-fails, no time is printed. Every figure is the median of its repeats, in one process, with the launches already in the GPU's
-queue and nothing of the tensors in its cache.
+after the other, which is what a layer waits for; the stages are also timed alone, in turns with it. A correctness gate comes
+first; if it fails, no time is printed. Every figure is the median of its repeats, in one process, with the launches already in
+the GPU's queue and nothing of the tensors in its cache.
 
 ``--peer NAME=FILE.py`` times another implementation: the file defines ``prepare(query, key, value, index)``, which returns
 a function without arguments that does the work; ``index`` is the imposed BlockIndex.
@@ -39,7 +39,7 @@ from eval.schema import ModelRecord, Result
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import MEAN_BLOCKS, POOL_SIZES, SELECTORS, SORTING_SELECTORS
-from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, median_ms
+from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, medians_ms
 from hf_flashprefill.functional import pool_inputs, resolve_backend, selecting_backend, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 
@@ -162,30 +162,31 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
     geometry = PrefillGeometry(batch, length, length, 0, 128)
     index = imposed_index(geometry, args.heads, density, args.device, args.dense_tail_blocks)
 
-    def timed(run: Callable[[], object]) -> dict[str, float]:
-        return median_ms(run, args.device, args.seconds, queued=True)
+    def timed(runs: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+        return medians_ms(runs, args.device, args.seconds, queued=True)
 
     configs = {selector: replace(args.config, selector=selector) for selector in args.selectors}
-    runs_of = {selector: stage_runs(backend, tensors, index, config, scale) for selector, config in configs.items()}
-    attend = timed(stage_runs(backend, tensors, index, replace(args.config, correction=False), scale)["attend"])
-    row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, "attend": attend}
+    runs = {"attend": stage_runs(backend, tensors, index, replace(args.config, correction=False), scale)["attend"]}
+    for selector, config in configs.items():
+        stages = stage_runs(backend, tensors, index, config, scale)
+        runs |= {f"{stage}_{selector}": run for stage, run in stages.items()}
+    if args.config.audit_rows:
+        runs["audit"] = audit_run(tensors, index, args.config.audit_rows, scale)
+    row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, **timed(runs)}
     # Of the kept blocks alone, without means. Two products of 2 * block * block * head_dim operations per kept block.
     row["attend_tflops"] = 4 * 128 * 128 * head_dim * int(index.counts.sum()) / row["attend"]["median_ms"] / 1e9
-    for selector, runs in runs_of.items():
-        for stage, run in runs.items():
-            row[f"{stage}_{selector}"] = timed(run)
+    for selector in args.selectors:
         index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
         row[f"index_share_{selector}"] = index_ms / (index_ms + row[f"attend_{selector}"]["median_ms"])
-    if args.config.audit_rows:
-        row["audit"] = timed(audit_run(tensors, index, args.config.audit_rows, scale))
-    runs = {name: dense_attention(name, tensors) for name in args.baselines if name != "flex"}
+    others = {name: dense_attention(name, tensors) for name in args.baselines if name != "flex"}
     if "flex" in args.baselines:
-        runs["flex"] = flex_attention_run(tensors, index)
+        others["flex"] = flex_attention_run(tensors, index)
     for peer in args.peer:
         name, _, path = peer.partition("=")
-        runs[name] = peer_run(path, tensors, index)
-    for name, run in runs.items():
-        row[name] = timed(run)
+        others[name] = peer_run(path, tensors, index)
+    # One after the other: beside an attention that keeps the GPU at its power limit for a second all else would be slower.
+    for name, run in others.items():
+        row |= timed({name: run})
         row[f"speedup_over_{name}"] = row[name]["median_ms"] / row[f"operator_{args.selectors[0]}"]["median_ms"]
     return row
 

@@ -291,6 +291,17 @@ def test_the_clock_times_the_operator_at_the_assumed_density(settings, monkeypat
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_times_that_are_compared_are_taken_in_turns():
+    calls = []
+    runs = {name: functools.partial(calls.append, name) for name in ("one", "other")}
+    times = measure.medians_ms(runs, torch.device("cpu"), seconds=0, least=3)
+    assert calls == ["one", "other"] * 4
+    assert times.keys() == runs.keys()
+    assert all(
+        0 <= of["quartile_low_ms"] <= of["median_ms"] <= of["quartile_high_ms"] and of["runs"] == 3 for of in times.values()
+    )
+
+
 def test_densities_between_the_published_ones():
     for length, density in measure.PUBLISHED_DENSITY.items():
         assert measure.assumed_density(length) == pytest.approx(density)

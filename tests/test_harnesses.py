@@ -88,13 +88,15 @@ def test_layouts_do_the_same_work(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(layout_speed, "flash_prefill_attention", counted)
     path = tmp_path / "layouts.json"
-    monkeypatch.setattr(layout_speed, "median_ms", lambda run, *_, **__: (run(), {"median_ms": 1.0})[1])
+    monkeypatch.setattr(
+        layout_speed, "medians_ms", lambda runs, *_, **__: {n: (run(), {"median_ms": 1.0})[1] for n, run in runs.items()}
+    )
     options = ["--lengths", "2048", "--chunk", "512", "--density", "0.3", "--device", "cpu", "--output", str(path)]
     assert layout_speed.main(options) == 0
     chunks = [(1, 512, end) for end in (512, 1024, 1536, 2048)]
     timed = [(1, 2048, 2048), (1, 1024, 1024), (2, 2048, 2048), (2, 2048, 2048), *chunks, *chunks]
-    # Once for its time, once for its lists, and once more for the attention of the whole prompt alone.
-    assert calls == [*timed, *timed, (1, 2048, 2048)]
+    # Once for its lists, the whole prompt's once more for its attention alone, and once for its time.
+    assert calls == [*timed, (1, 2048, 2048), *timed]
     rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
     one, half, batch, padded, chunked, tails = (row["blocks"] for row in rows.values())
     assert (batch, padded, chunked) == (2 * one, one + half, one)

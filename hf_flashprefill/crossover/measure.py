@@ -12,7 +12,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -187,32 +187,58 @@ def _clearings(run: Callable[[], object], cleared: torch.Tensor) -> int:
 def median_ms(
     run: Callable[[], object], device: torch.device, seconds: float, least: int = FEWEST_RUNS, queued: bool = False
 ) -> dict[str, float]:
-    """Median and quartiles of ``run`` in milliseconds, after an unmeasured run or two; by the GPU's clock where there is one.
+    """``medians_ms`` of one function."""
+    return medians_ms({"run": run}, device, seconds, least, queued)["run"]
 
-    It runs for ``seconds`` and at least ``least`` times, two or more. ``queued``: the GPU is kept busy with clearing memory
-    until all of ``run`` is in its queue, however long the host takes, as it is in a model, whose host runs ahead; what counts
-    is the GPU's own time, with nothing of the tensors in its cache. Otherwise an idle GPU waits for every launch.
+
+def medians_ms(
+    runs: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    least: int = FEWEST_RUNS,
+    queued: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Median and quartiles of every one of ``runs`` in milliseconds, after an unmeasured run or two of each; by the GPU's clock
+    where there is one.
+
+    They run in turns, so that a clock which falls as the GPU warms up is the same for all, for ``seconds`` each on average and
+    at least ``least`` times, two or more. ``queued``: the GPU is kept busy with clearing memory until all of a run is in its
+    queue, however long the host takes, as it is in a model, whose host runs ahead; what counts is the GPU's own time, with
+    nothing of the tensors in its cache. Otherwise an idle GPU waits for every launch.
     """
-    run()
     cleared = torch.empty(QUEUE_BYTES, dtype=torch.int8, device=device) if queued and device.type == "cuda" else None
-    clearings = 0 if cleared is None else _clearings(run, cleared)
-    times: list[float] = []
+    clearings = {}
+    for name, run in runs.items():
+        run()
+        clearings[name] = 0 if cleared is None else _clearings(run, cleared)
+    times: dict[str, list[float]] = {name: [] for name in runs}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    until = time.perf_counter() + seconds
-    while len(times) < least or (time.perf_counter() < until and len(times) < 200):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(clearings):
-                cleared.zero_()
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - started))
+    until = time.perf_counter() + seconds * len(runs)
+    rounds = 0
+    while rounds < least or (time.perf_counter() < until and rounds < 200):
+        for name, run in runs.items():
+            times[name].append(_time_ms(run, device, cleared, clearings[name]))
+        rounds += 1
+    return {name: _quartiles(of_run) for name, of_run in times.items()}
+
+
+def _time_ms(run: Callable[[], object], device: torch.device, cleared: torch.Tensor | None, clearings: int) -> float:
+    """One run's milliseconds."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - started)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(clearings):
+        cleared.zero_()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def _quartiles(times: list[float]) -> dict[str, float]:
     low, median, high = statistics.quantiles(times, n=4)
     return {"median_ms": median, "quartile_low_ms": low, "quartile_high_ms": high, "runs": len(times)}
