@@ -133,8 +133,8 @@ def time_attention(shape: LayerShape, device: torch.device, config: FlashPrefill
         backend.attend_blocks(query, key, value, index, scale=scale, output=torch.empty_like(query), means=means)
 
     with torch.no_grad():
-        dense_ms, sparse_ms = (median_ms(run, device, SECONDS)["median_ms"] for run in (dense, sparse))
-    return dense_ms, sparse_ms
+        times = medians_ms({"dense": dense, "sparse": sparse}, device, SECONDS)
+    return times["dense"]["median_ms"], times["sparse"]["median_ms"]
 
 
 def assumed_density(length: int) -> float:
