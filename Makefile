@@ -26,7 +26,7 @@ bench-gpu:
 		--audit-rows 16
 	python -m eval.operator_speed $(SHAPE) --head-dims 64 128 256 --lengths 16384 65536 --densities 1 1 --selectors flashprefill \
 		--baselines sdpa_cudnn --seconds 0.1 --output results/operator-every-block.json
-	python -m eval.layout_speed $(SHAPE) --head-dim 128 --lengths 32768 131072
+	python -m eval.layout_speed $(SHAPE) --head-dim 128 --lengths 32768 131072 --seconds 0.3
 	python -m eval.ttft --shape llama-3.1-8b --lengths 4096 32768 131072 --density published --device cuda --repeats 1
 	python -m eval.ttft --shape qwen3-30b-a3b --lengths 4096 32768 131072 --density published --device cuda --repeats 1 \
 		--output results/ttft-qwen3-30b-a3b.json

@@ -24,16 +24,21 @@ def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
 
 def test_every_launch_says_whether_products_and_sums_are_fused():
     """Triton 3.9 warns users of a launch that does not, and 3.10 will no longer fuse them then."""
-    options = []
+    kernels, launches, shared_options = [], [], []
     for path in (ROOT / "hf_flashprefill" / "backends" / "triton").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                options.append({keyword.arg for keyword in node.keywords})
-            elif isinstance(node, ast.Dict):
-                options.append({key.value for key in node.keys if isinstance(key, ast.Constant)})
-    options = [names for names in options if "num_warps" in names]
-    assert len(options) == 12
-    assert all("enable_fp_fusion" in names for names in options)
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                kernels.append(node.name)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches.append((node.func.value.id, {keyword.arg for keyword in node.keywords}))
+            elif isinstance(node, ast.Dict) and "num_warps" in (names := {getattr(key, "value", None) for key in node.keys}):
+                shared_options.append(names)
+    assert kernels
+    assert shared_options
+    assert sorted(name for name, _ in launches) == sorted(kernels)
+    assert all("enable_fp_fusion" in names for names in shared_options)
+    # A launch without the keyword takes it from shared options: ``**options`` has no name.
+    assert all("enable_fp_fusion" in names or None in names for _, names in launches)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])

@@ -62,8 +62,8 @@ def energy_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) 
 
 
 def energy_heads(heads: int, programs: int, processors: int) -> int:
-    """How many heads a program of the published rule's Hopper kernel works through, of ``heads`` with ``programs`` each if one
-    at a time: as many as leave every multiprocessor a program and every other a second."""
+    """How many heads a program of the published rule's Hopper kernel works through, of ``heads`` that would have ``programs``
+    each if every program took one: as many as leave every multiprocessor a program and every other a second."""
     # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, at least 0.9, 1.5 and 2.5 programs a multiprocessor, one
     # process: selections of 126, 112 and 113 us at 32K tokens, 36, 37 and 37 at 8K, 318, 318 and 318 at 64K, 4.12, 4.09 and
     # 4.12 ms at 256K.
