@@ -224,8 +224,8 @@ def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
         yield (
             name,
             attend_hopper._attend_hopper_kernel.warmup(
-                *descriptors, *of_means, query, None, counts, counts, number, counts, sinks, 0.1, TOKENS, TOKENS, 0, 0, 4, 4, 4,
-                HEADS, HEADS, *query.stride()[:3], GROUP=HEADS // KEY_HEADS, STEP=tiles.step, STAGES=tiles.stages,
+                *descriptors, *of_means, query, None, counts, counts, counts, number, counts, sinks, 0.1, TOKENS, TOKENS, 0, 0,
+                4, 4, 4, HEADS, HEADS, *query.stride()[:3], GROUP=HEADS // KEY_HEADS, STEP=tiles.step, STAGES=tiles.stages,
                 QUERY_STAGES=tiles.query_stages, QUERY_IN_REGISTERS=tiles.query_in_registers, HAS_RANGES=False,
                 HAS_SINKS=sinks is not None, HAS_MEANS=of_means[0] is not None, num_warps=4, enable_fp_fusion=True, grid=(1,),
             ),

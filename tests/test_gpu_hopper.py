@@ -116,6 +116,7 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
     ("terms", "dtype"),
     [
         ("plain", torch.float16),
+        ("plain", torch.bfloat16),
         ("means", torch.bfloat16),
         ("sinks", torch.bfloat16),
         ("means and sinks", torch.float16),
@@ -150,3 +151,85 @@ def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, ter
     assert not found.isnan().all()
     assert torch.equal(found.nan_to_num(), again.nan_to_num())
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=2e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Case(1, 16, 4, 9000, 9000, 128, dtype=torch.bfloat16),
+        Case(3, 8, 1, 3000, 4000, 64, ranges=((700, 4000), (0, 2500), (2000, 3999)), dtype=torch.bfloat16),
+        Case(1, 6, 3, 3000, 5000, 256, dtype=torch.bfloat16),
+        Case(1, 4, 2, 3000, 3000, 128, dtype=torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("terms", ["plain", "means", "sinks"])
+@pytest.mark.parametrize("overflows", ["weights", "results"])
+def test_weights_far_above_those_of_the_own_block(shape, terms, overflows):
+    """What float32 cannot hold relative to a query's own block is computed once more, relative to the largest logit."""
+    from hf_flashprefill.backends import torch as torch_backend
+    from hf_flashprefill.backends.triton import attend_hopper, pool_keys_and_values, run_means
+
+    query, key, value, ranges = shape.tensors(torch.device("cuda"))
+    # Logits of 144 or 61 for every third query against the first keys, far from zero for none else.
+    direction = torch.nn.functional.normalize(torch.randn(shape.head_dim, device="cuda"), dim=0)
+    query, key = query / 8, key / 8
+    length = 12 if overflows == "weights" else 7.8
+    starts = [first for first, _ in shape.ranges or [(0, 0)]]
+    for row, first in enumerate(starts):
+        key[row, :, first : first + 1024] += (length * shape.head_dim**0.25 * direction).to(key.dtype)
+    query[:, :, ::3] += (length * shape.head_dim**0.25 * direction).to(key.dtype)
+    query[:, 1::4, shape.query_len // 2 :] /= 16
+    if overflows == "results":
+        value = value * (1e30 if shape.dtype == torch.bfloat16 else 1e3)
+    is_by_means = terms == "means"
+    config = FlashPrefillConfig(
+        selector="share",
+        alpha=1.0 if is_by_means else 0.0,
+        sink_blocks=0,
+        window_blocks=1,
+        dense_tail_blocks=0,
+        backend="triton",
+    )
+    index = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True).index
+    scale = shape.head_dim**-0.5
+    means = sinks = None
+    if is_by_means:
+        pools = pool_keys_and_values(key, value, index.geometry, 4)
+        means = run_means(pools.key_blocks, pools.value_blocks, 2)
+    if terms == "sinks":
+        sinks = torch.linspace(-3, 120, shape.heads, device="cuda")
+
+    outputs = [torch.full_like(query, torch.nan) for _ in range(2)]
+    for output in outputs:
+        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, sinks=sinks, means=means)
+    expected = torch.full_like(query, torch.nan, dtype=torch.float32)
+    exact_means = None if means is None else (means.key.float(), means.value.float())
+    torch_backend.attend_blocks(
+        query.float(), key.float(), value.float(), index, scale=scale, output=expected, sinks=sinks, means=exact_means
+    )
+    for row, (start, begin, end, _) in enumerate(index.geometry.row_spans()):
+        rows = slice(start + begin - shape.offset, start + end - shape.offset)
+        found = outputs[0][row, :, rows].float()
+        assert expected[row, :, rows].isfinite().all()
+        size = value[row, :, start : start + end].float().abs().max()
+        torch.testing.assert_close(found / size, expected[row, :, rows] / size, atol=4e-3, rtol=2e-2)
+    assert torch.equal(outputs[0].nan_to_num(), outputs[1].nan_to_num())
+    # In some query blocks, not in all, float32 could not have held what belongs to the own block's largest logit.
+    reached = _logits_above_the_own_block(query, key, index, scale)
+    limit = 128 if overflows == "weights" else 128 - torch.tensor(1e30).log2()
+    if shape.dtype == torch.bfloat16:
+        assert 0.1 < (reached > limit).float().mean() < 0.9
+
+
+def _logits_above_the_own_block(query, key, index, scale):
+    """By how many powers of two the largest logit of each query block of the last row's first head exceeds the own block's."""
+    start, begin, end, _ = index.geometry.row_spans()[-1]
+    rows = query[-1, 0, start + begin - index.geometry.query_offset :].float()[: end - begin]
+    keys = key[-1, 0, start : start + end].float()
+    logits = rows @ keys.T * (scale * 1.4427)
+    positions = torch.arange(begin, end, device=query.device)[:, None]
+    keys_at = torch.arange(end, device=query.device)[None]
+    logits = logits.masked_fill(keys_at > positions, -torch.inf)
+    own = logits.masked_fill(keys_at // 128 != positions // 128, -torch.inf).amax(1)
+    return logits.amax(1) - own

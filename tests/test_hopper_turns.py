@@ -90,8 +90,9 @@ def test_turns_without_queries_are_passed_over():
 
     is_empty = as_python(turns._is_empty, place_of=place, **CONSTANTS)
     gl = SimpleNamespace(**vars(GL), load=lambda row, mask, other: counts[row] if mask else other)
+    length = as_python(turns._list_length, gl=gl, place_of=place)
     draw = as_python(
-        turns.draw_turn, gl=gl, place_of=place, _is_empty=is_empty, next_number=lambda _: next(counter), **CONSTANTS
+        turns.draw_turn, gl=gl, _list_length=length, _is_empty=is_empty, next_number=lambda _: next(counter), **CONSTANTS
     )
     drawn = []
     while (found := draw(next(counter), shape, None, None, 0, True)) != (-1, 0):
@@ -113,3 +114,51 @@ def test_lists_are_walked_up_and_down_in_turn(listed):
         first, step = direction_of(own, listed)
         entries = [first + i * step for i in range(listed - 1)]
         assert entries == sorted(range(listed - 1), reverse=own // 128 % 2 == 1)
+
+
+def test_turns_noted_by_either_warpgroup_are_drawn_again():
+    """Latest first, those of the first warpgroup before those of the second; what nobody noted is never read."""
+    heads, tiles = 3, 7
+    shape = (heads, heads, tiles, 0, 0, 896, 896)
+    retakes = {}
+
+    def load(address, mask, other):
+        table, place = address
+        return table[place] if mask else other
+
+    class Pointer:
+        def __init__(self, table, place=0):
+            self.table, self.place = table, place
+
+        def __add__(self, places):
+            return Pointer(self.table, self.place + places)
+
+        def __iter__(self):
+            return iter((self.table, self.place))
+
+    def store(pointer, value, mask):
+        if mask:
+            pointer.table[pointer.place] = value
+
+    gl = SimpleNamespace(**vars(GL), load=load, store=store)
+    note = as_python(turns.note_retake, gl=gl)
+    length = as_python(
+        turns._list_length, gl=gl, place_of=lambda number, *_: ((0, number // tiles, number % tiles), None, None)
+    )
+    draw = as_python(turns.draw_retake, gl=gl, _list_length=length, **CONSTANTS)
+    taken, unkept = [4, 20, 0, 11, 5], ({4, 0, 5}, {20, 5})
+    noted = [-1, -1]
+    for number in taken:
+        for warpgroup in range(2):
+            is_kept = int(number not in unkept[warpgroup])
+            noted[warpgroup] = note(Pointer(retakes), warpgroup, shape, number, noted[warpgroup], is_kept)
+    counts = Pointer(dict(enumerate(range(100, 100 + heads * tiles))))
+    drawn, noted = [], tuple(noted)
+    while True:
+        number, listed, noted = draw(noted, shape, None, Pointer(retakes), counts, False)
+        if number < 0:
+            assert listed == 0
+            break
+        assert listed == 100 + number
+        drawn.append(number)
+    assert drawn == [5, 0, 4, 5, 20]

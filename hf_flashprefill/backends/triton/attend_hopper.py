@@ -6,6 +6,15 @@ each other's gaps. A program stays on its multiprocessor and takes turn after tu
 warp fetches the next one's queries and keys while the last one's result is still being written, which a program per turn would
 leave idle.
 
+The softmax has no running maximum. Weights in bfloat16 have the range of float32, so they are taken relative to the largest
+logit of the query block's own keys, which come first: nothing is compared and no result shrinks in the steps that follow, and
+a query's sum stays with the threads until the end. Where a logit is so far above (by about 83 in natural units, or less if the
+values are huge) that a sum or a result overflows, the turn is taken again after the program's last one, with a running
+maximum. float16, which ends at 65504, always has one. Time against a running maximum throughout, in one process, without and
+with means: head_dim 128 .89 and .91 at 32K tokens, .91 and .92 at 128K, .96 and .93 at 256K, .88 and .88 with every block of
+16K tokens listed; there, head_dim 64 .86 and .87, 256 .85 and .86 (H200, 32 query and 8 key-value heads, bfloat16, published
+densities).
+
 Against a program per query block and up to four heads, which multiplied its next head's first tile beside its last head's
 last, a variant of this one took .96 of the time at 16K tokens, .99 at 32K (with means) and 64K and .95 at 128K (H100, 32 query
 and 8 key-value heads, head_dim 128, bfloat16, published densities, one process).
@@ -22,16 +31,30 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .attend_hopper_steps import MEAN_WEIGHTS_LAYOUT, MEANS, compute_step, first_step, last_product, load_means, load_step
+from .attend_hopper_steps import (
+    MEAN_WEIGHTS_LAYOUT,
+    MEANS,
+    compute_step,
+    first_step,
+    last_product,
+    load_means,
+    load_step,
+    partial_sums,
+)
 from .attend_hopper_turns import (
     ANNOUNCEMENTS,
     BLOCK,
+    SHARED_NUMBER,
     announce,
+    await_retakes,
     await_turn,
     direction_of,
+    draw_retake,
     draw_turn,
+    hand_over_retakes,
     make_announcements,
     next_number,
+    note_retake,
     place_of,
 )
 from .hopper_primitives import copy_to_shared, describe_rows, make_barriers
@@ -42,6 +65,8 @@ from .tuning import hopper_tiles
 # Queries of a warpgroup.
 ROWS = gl.constexpr(64)
 LOG2_E = gl.constexpr(math.log2(math.e))
+# Sums of weights below this have met no overflow, and results may be divided by them: from 2^126 on the division says 0.
+_LARGEST_TOTAL = gl.constexpr(2.0**120)
 
 
 @gluon.jit
@@ -55,19 +80,24 @@ def _mean_steps(own, mean_blocks, HAS_MEANS: gl.constexpr):
 
 
 @gluon.jit
-def _compute(
+def _take_turns(
     warpgroup,
     shared,
+    turn,
+    done,
+    ONLINE: gl.constexpr,
+    PASS: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
     HAS_RANGES: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
-    """One of the two computing warpgroups: its 64 queries of the query block, turn after turn; ``done`` counts steps."""
+    """Turns from the program's ``turn``-th on until there are no more, ``done`` counts steps. Returns both and the last turn
+    noted to be taken again, of which there are none if ONLINE."""
     buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2 = shared
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
-    output_ptr, ranges_ptr, _, _, _, spoiled_ptr, sinks_ptr = pointers
+    output_ptr, ranges_ptr, _, retakes_ptr, _, _, spoiled_ptr, sinks_ptr = pointers
     stride_b, stride_h, stride_s = strides
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
@@ -77,6 +107,7 @@ def _compute(
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, logits_layout)
+    result_row_layout: gl.constexpr = gl.SliceLayout(1, result_layout)
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MEANS, 16])
     mean_row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
@@ -87,9 +118,11 @@ def _compute(
     is_spoiled = False
     if HAS_MEANS:
         is_spoiled = gl.load(spoiled_ptr) != 0
-    number, listed = await_turn(announcements, turn_full, 0)
-    turn = 0
-    done = 0
+    sums_layout: gl.constexpr = partial_sums(zeros).type.layout
+    mean_sums_layout: gl.constexpr = partial_sums(mean_zeros).type.layout
+    turn, done, noted = gl.to_tensor(turn), gl.to_tensor(done), gl.to_tensor(-1)
+    # Before pass 1 one announcement was of no turn.
+    number, listed = await_turn(announcements, turn_full, turn + PASS)
     while number >= 0:
         place, block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
         batch, head, tile = place
@@ -112,31 +145,31 @@ def _compute(
         for step in range(1, PARTS):
             weights, result, running_max, running_sum = compute_step(
                 query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, "own", HAS_RANGES,
+                step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, "own", ONLINE, HAS_RANGES,
             )  # fmt: skip
         for step in range(PARTS, listed_steps):
             unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
             weights, result, running_max, running_sum = compute_step(
                 query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                0, 0, unused_from, scale_log2, "listed", HAS_RANGES,
+                0, 0, unused_from, scale_log2, "listed", ONLINE, HAS_RANGES,
             )  # fmt: skip
         unused_from = gl.where(listed_steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
         last_weights = weights
         if HAS_MEANS:
             # One step at least, so that the shape of the last weights is known.
             mean_max = gl.convert_layout(running_max, mean_row_layout)
-            mean_sum = gl.convert_layout(running_sum, mean_row_layout)
+            mean_sum = gl.convert_layout(running_sum, mean_sums_layout)
             last_weights, result, mean_max, mean_sum = compute_step(
                 query, weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + listed_steps,
-                listed_steps + 1 == steps, 0, 0, unused_from, scale_log2, "means", HAS_RANGES,
+                listed_steps + 1 == steps, 0, 0, unused_from, scale_log2, "means", ONLINE, HAS_RANGES,
             )  # fmt: skip
             for step in range(listed_steps + 1, steps):
                 last_weights, result, mean_max, mean_sum = compute_step(
                     query, last_weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + step,
-                    step + 1 == steps, 0, 0, MEANS, scale_log2, "means", False,
+                    step + 1 == steps, 0, 0, MEANS, scale_log2, "means", ONLINE, False,
                 )  # fmt: skip
             running_max = gl.convert_layout(mean_max, row_layout)
-            running_sum = gl.convert_layout(mean_sum, row_layout)
+            running_sum = gl.convert_layout(mean_sum, sums_layout)
             # The last step's means may be of later blocks. Their weights are zero, but a value that is not finite is not.
             in_last_step = gl.cdiv(own, mean_blocks) - (steps - listed_steps - 1) * MEANS
             unused_from = gl.where(is_spoiled, in_last_step, MEANS)
@@ -144,12 +177,21 @@ def _compute(
             mbarrier.arrive(query_empty.index(buffer), count=1)
         done += steps
         result = last_product(last_weights, result, buffers, barriers, done - 1, unused_from, HAS_RANGES or HAS_MEANS)
+        total = gl.convert_layout(gl.sum(running_sum, 1), result_row_layout)
         if HAS_SINKS:
             sink = gl.load(sinks_ptr + head) * LOG2_E
+            running_max = gl.convert_layout(running_max, result_row_layout)
             largest = gl.maximum(running_max, sink)
             # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
-            running_sum += gl.exp2(sink - largest) / gl.exp2(running_max - largest)
-        result = result / gl.convert_layout(running_sum, gl.SliceLayout(1, result_layout))[:, None]
+            total += gl.exp2(sink - largest) / gl.exp2(running_max - largest)
+        if not ONLINE:
+            position = own * BLOCK + own_row + gl.arange(0, ROWS, layout=result_row_layout)
+            is_query = (position >= query_begin) & (position < query_end)
+            # What is not finite anywhere makes a sum of zeros NaN.
+            is_finite = (gl.sum(result * 0.0, 1) == 0) & (total < _LARGEST_TOTAL)
+            is_kept = gl.min((is_finite | (is_query == 0)).to(gl.int32), 0)
+            noted = note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept)
+        result = result / total[:, None]
         row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
         column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
         position = own * BLOCK + own_row + row
@@ -158,33 +200,61 @@ def _compute(
         target += row[:, None] * stride_s.to(gl.int32) + column[None, :]
         gl.store(target, gl.convert_layout(result.to(dtype), store_layout), mask=is_query[:, None])
         turn += 1
-        number, listed = await_turn(announcements, turn_full, turn)
+        number, listed = await_turn(announcements, turn_full, turn + PASS)
+    return turn, done, noted
 
 
 @gluon.jit
-def _load(
+def _compute(
+    warpgroup,
+    shared,
+    handed,
+    handed_over,
+    MAY_RETAKE: gl.constexpr,
+    QUERY_IN_REGISTERS: gl.constexpr,
+    HAS_RANGES: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+    HAS_MEANS: gl.constexpr,
+):
+    """One of the two computing warpgroups: its 64 queries of the query block, turn after turn."""
+    turn, done, noted = _take_turns(
+        warpgroup, shared, 0, 0, not MAY_RETAKE, 0, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS
+    )
+    if MAY_RETAKE:
+        hand_over_retakes(handed, handed_over, warpgroup, noted)
+        _take_turns(warpgroup, shared, turn, done, True, 1, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)
+
+
+@gluon.jit
+def _load_turns(
     loaded,
+    noted,
+    turn,
+    done,
+    PASS: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_RANGES: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
-    """The loading warp: of each turn the queries, then the listed keys and values, which are computed with in the order they
-    are loaded, then the means."""
+    """What ``_take_turns`` computes with: of each turn the queries, then the listed keys and values, which are computed with in
+    the order they are loaded, then the means."""
     buffers, barriers, announcements, descriptors, pointers, shape, width, mean_blocks = loaded
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
     query_desc, key_desc, value_desc, _, _, _ = descriptors
-    _, ranges_ptr, next_turn_ptr, counts_ptr, indices_ptr, _, _ = pointers
+    _, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, _, _ = pointers
     heads, _, tiles, _, _, _, _ = shape
     STAGES: gl.constexpr = key_tiles.shape[0]
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
     PARTS: gl.constexpr = BLOCK // STEP
-    number, listed = draw_turn(gl.program_id(0), shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
-    turn = 0
-    done = 0
+    turn, done = gl.to_tensor(turn), gl.to_tensor(done)
+    if PASS == 1:
+        number, listed, noted = draw_retake(noted, shape, ranges_ptr, retakes_ptr, counts_ptr, HAS_RANGES)
+    else:
+        number, listed = draw_turn(gl.program_id(0), shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
     while number >= 0:
-        announce(announcements, turn_full, turn, number, listed)
+        announce(announcements, turn_full, turn + PASS, number, listed)
         place, own_block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
         batch, head, tile = place
         own, first_row = own_block
@@ -212,7 +282,10 @@ def _load(
             coordinates = [batch, key_head, start + block * BLOCK + step % PARTS * STEP, 0]
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
         # Now that the buffers are full there is time to ask what comes next.
-        number, listed = draw_turn(next_number(next_turn_ptr), shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
+        if PASS == 1:
+            number, listed, noted = draw_retake(noted, shape, ranges_ptr, retakes_ptr, counts_ptr, HAS_RANGES)
+        else:
+            number, listed = draw_turn(next_number(next_turn_ptr), shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
         for step in range(first_steps, steps):
             block = gl.load(list_ptr + direction * (step // PARTS))
             coordinates = [batch, key_head, start + block * BLOCK + step % PARTS * STEP, 0]
@@ -226,7 +299,25 @@ def _load(
                 load_means(descriptors, mean_head, list_row, step * MEANS, buffers, barriers, done + step)
             done += mean_steps
         turn += 1
-    announce(announcements, turn_full, turn, number, listed)
+    announce(announcements, turn_full, turn + PASS, number, listed)
+    return turn, done
+
+
+@gluon.jit
+def _load(
+    loaded,
+    handed,
+    handed_over,
+    MAY_RETAKE: gl.constexpr,
+    GROUP: gl.constexpr,
+    HAS_RANGES: gl.constexpr,
+    HAS_MEANS: gl.constexpr,
+):
+    """The loading warp."""
+    turn, done = _load_turns(loaded, (-1, -1), 0, 0, 0, GROUP, HAS_RANGES, HAS_MEANS)
+    if MAY_RETAKE:
+        noted = await_retakes(handed, handed_over)
+        _load_turns(loaded, noted, turn, done, 1, GROUP, HAS_RANGES, HAS_MEANS)
 
 
 @gluon.jit(
@@ -251,6 +342,7 @@ def _attend_hopper_kernel(
     output_ptr,
     ranges_ptr,
     next_turn_ptr,
+    retakes_ptr,
     counts_ptr,
     indices_ptr,
     spoiled_ptr,
@@ -279,6 +371,8 @@ def _attend_hopper_kernel(
 ):
     """One program of as many as there are multiprocessors: turns until there are no more."""
     HEAD_DIM: gl.constexpr = key_desc.block_type.shape[3]
+    # Above 65504 weights of float16 are infinite, and attention sinks are often that far above a query's own block.
+    MAY_RETAKE: gl.constexpr = key_desc.dtype == gl.bfloat16
     buffers = (
         gl.allocate_shared_memory(query_desc.dtype, [2 * QUERY_STAGES, 1, 1, ROWS, HEAD_DIM], query_desc.layout),
         gl.allocate_shared_memory(key_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], key_desc.layout),
@@ -295,19 +389,21 @@ def _attend_hopper_kernel(
         make_barriers(ANNOUNCEMENTS, 1),
     )
     announcements = make_announcements()
+    handed = gl.allocate_shared_memory(gl.int32, [2, 1], SHARED_NUMBER)
+    handed_over = make_barriers(1, 2)
     fence_async_shared()
 
     shape = (heads, batch_heads, tiles, first_query_block, query_offset, query_len, kv_len)
-    pointers = (output_ptr, ranges_ptr, next_turn_ptr, counts_ptr, indices_ptr, spoiled_ptr, sinks_ptr)
+    pointers = (output_ptr, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, spoiled_ptr, sinks_ptr)
     strides = (stride_ob, stride_oh, stride_os)
     descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc, mean_weights_desc)
     shared = (buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2)
     loaded = (buffers, barriers, announcements, descriptors, pointers, shape, width, mean_blocks)
     gl.warp_specialize(
         [
-            (_compute, (0, shared, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)),
-            (_compute, (1, shared, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)),
-            (_load, (loaded, GROUP, HAS_RANGES, HAS_MEANS)),
+            (_compute, (0, shared, handed, handed_over, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)),
+            (_compute, (1, shared, handed, handed_over, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)),
+            (_load, (loaded, handed, handed_over, MAY_RETAKE, GROUP, HAS_RANGES, HAS_MEANS)),
         ],
         [4, 1],
         [240, 24],
@@ -349,6 +445,7 @@ def attend_blocks(
     programs = min(multiprocessors(query), index.counts.numel())
     # Every program's first turn is its own number.
     next_turn = torch.full((1,), programs, dtype=torch.int32, device=query.device)
+    retakes = torch.empty((2, index.counts.numel()), dtype=torch.int32, device=query.device)
     mean_blocks = 1 if means is None else means.key.shape[2]
     of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks))
     with launch_context(query):
@@ -360,6 +457,7 @@ def attend_blocks(
             output,
             geometry.valid_ranges,
             next_turn,
+            retakes,
             index.counts,
             index.indices,
             None if means is None else means.spoiled,

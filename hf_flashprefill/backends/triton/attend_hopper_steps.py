@@ -26,13 +26,21 @@ MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, el
 
 
 @gluon.jit
-def _softmax_step(logits, running_max, running_sum, scale_log2):
-    """Weights float32 [queries, keys] of one step's logits; per query the new maximum and sum, and the factor that earlier
-    results shrink by."""
+def partial_sums(weights):
+    """[queries, keys] -> [queries, 8], what each thread can add up of its own; a sum per step would cost the threads of a query
+    two exchanges."""
+    return gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def _online_step(logits, running_max, running_sum, scale_log2):
+    """Weights float32 [queries, keys] of one step's logits; per query the new maximum and partial sums, and the factor that
+    earlier results shrink by."""
     new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
     weights = gl.exp2(logits * scale_log2 - new_max[:, None])
     rescale = gl.exp2(running_max - new_max)
-    return weights, new_max, running_sum * rescale + gl.sum(weights, 1), rescale
+    of_sums = gl.convert_layout(rescale, gl.SliceLayout(1, running_sum.type.layout))
+    return weights, new_max, running_sum * of_sums[:, None] + partial_sums(weights), rescale
 
 
 @gluon.jit
@@ -99,7 +107,7 @@ def _issue_result(weights, result, buffers, barriers, now, unused_from, HAS_UNUS
 @gluon.jit
 def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result_layout: gl.constexpr):
     """The first keys of the query block's own block, before which there is nothing: their weights [queries, keys], and per
-    query the maximum and the sum, of which the first is query ``own_row`` of its block."""
+    query the maximum and the partial sums; the first is query ``own_row`` of its block."""
     _, key_tiles, _, _ = buffers
     _, _, _, key_empty, _, _, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
@@ -110,8 +118,8 @@ def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     logits = _causal(logits, own_row, 0, layout)
     no_max = gl.full([QUERIES], -1e30, gl.float32, row_layout)
-    no_sum = gl.zeros([QUERIES], gl.float32, row_layout)
-    weights, running_max, running_sum, _ = _softmax_step(logits, no_max, no_sum, scale_log2)
+    no_sum = partial_sums(gl.zeros_like(logits))
+    weights, running_max, running_sum, _ = _online_step(logits, no_max, no_sum, scale_log2)
     weights = gl.convert_layout(weights.to(key_tiles.dtype), gl.DotOperandLayout(0, result_layout, 2))
     return weights, running_max, running_sum
 
@@ -133,12 +141,16 @@ def compute_step(
     unused_from,
     scale_log2,
     KIND: gl.constexpr,
+    ONLINE: gl.constexpr,
     HAS_UNUSED: gl.constexpr,
 ):
     """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
 
     ``weights`` [queries, keys] are those of the step before, ``result`` [queries, D] is what the steps before that add up to,
-    ``running_max`` and ``running_sum`` [queries] go with the weights. Returns the same four of this step.
+    ``running_max`` [queries] and ``running_sum`` [queries, 8] go with the weights. Returns the same four of this step.
+
+    ONLINE: the maximum rises with the logits, and what came before shrinks. Otherwise it stays that of the query block's own
+    keys, and weights beyond what float32 holds come out as infinity or NaN.
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
     ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
@@ -160,15 +172,20 @@ def compute_step(
         # NaN, of what lies behind the last mean, must not come back from a weight of nothing.
         is_used = (log2_tokens >= 0)[None, :]
         logits = gl.where(is_used, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
-        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, 1.0)
+        scale_log2 = 1.0
+    IS_RISING: gl.constexpr = ONLINE or KIND == "own"
+    if IS_RISING:
+        next_weights, running_max, running_sum, rescale = _online_step(logits, running_max, running_sum, scale_log2)
     else:
-        next_weights, running_max, running_sum, rescale = _softmax_step(logits, running_max, running_sum, scale_log2)
+        next_weights = gl.exp2(logits * scale_log2 - running_max[:, None])
+        running_sum += partial_sums(next_weights)
     next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
     # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
     mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
     result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
     mbarrier.arrive(value_empty.index((now - 1) % STAGES), count=1)
-    result = result * gl.convert_layout(rescale, gl.SliceLayout(1, result_layout))[:, None]
+    if IS_RISING:
+        result = result * gl.convert_layout(rescale, gl.SliceLayout(1, result_layout))[:, None]
     return next_weights, result, running_max, running_sum
 
 

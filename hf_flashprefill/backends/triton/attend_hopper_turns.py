@@ -2,6 +2,9 @@
 
 Every multiprocessor has one program. Its loading warp draws the number of the next turn from a counter as soon as the buffers
 are full with the last one's, so that the answer is there before it is needed, and announces it to the computing warpgroups.
+
+Turns whose result a warpgroup could not keep are taken again by the program that took them, after its last one. Each warpgroup
+chains such turns up: in its row of ``retakes`` [2, turns] stands behind a turn the one noted before it, or -1.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ BLOCK = gl.constexpr(128)
 # Announcements kept. While a warpgroup is at turn t, that of t + 3 may have been made, but no later one: before it the queries
 # of t + 3 want the buffer, one of two at most, that those of t + 1 are still to be read from.
 ANNOUNCEMENTS = gl.constexpr(4)
-_SHARED_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+SHARED_NUMBER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 # Announced after the last turn.
 _NO_TURN = gl.constexpr(-1)
 # Query blocks at the end of a call are usually attended in full.
@@ -29,8 +32,8 @@ _BLOCKS_OF_A_DIRECTION = gl.constexpr(128)
 @gluon.jit
 def make_announcements():
     """Room for numbers of turns and the lengths of their lists, int32 [ANNOUNCEMENTS, 1] each."""
-    numbers = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], _SHARED_LAYOUT)
-    lengths = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], _SHARED_LAYOUT)
+    numbers = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], SHARED_NUMBER)
+    lengths = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], SHARED_NUMBER)
     return numbers, lengths
 
 
@@ -109,20 +112,61 @@ def _is_empty(number, shape, ranges_ptr):
 
 
 @gluon.jit
+def _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES: gl.constexpr):
+    heads, _, tiles, _, _, _, _ = shape
+    place, _, _ = place_of(number, shape, ranges_ptr, HAS_RANGES)
+    batch, head, tile = place
+    return gl.load(counts_ptr + (batch * heads + head) * tiles + tile, mask=number >= 0, other=0)
+
+
+@gluon.jit
 def draw_turn(number, shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES: gl.constexpr):
     """The first turn with queries, ``number`` itself or one drawn after it, and the length of its list; or -1 and 0."""
-    heads, batch_heads, tiles, _, _, _, _ = shape
     if HAS_RANGES:
         while _is_empty(number, shape, ranges_ptr):
             number = next_number(next_turn_ptr)
-    number = gl.where(number < batch_heads * tiles, number, _NO_TURN)
-    place, _, _ = place_of(number, shape, ranges_ptr, HAS_RANGES)
-    batch, head, tile = place
-    list_row = (batch * heads + head) * tiles + tile
-    return number, gl.load(counts_ptr + list_row, mask=number >= 0, other=0)
+    number = gl.where(number < shape[1] * shape[2], number, _NO_TURN)
+    return number, _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES)
 
 
 @gluon.jit
 def next_number(next_turn_ptr):
     """Of all turns that nobody has drawn, the first."""
     return gl.atomic_add(next_turn_ptr, 1, sem="relaxed")
+
+
+@gluon.jit
+def note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept):
+    """By a computing warpgroup: turn ``number`` is to be taken again unless ``is_kept``. ``noted`` was noted last, or is -1;
+    returns what now is."""
+    gl.store(retakes_ptr + warpgroup * shape[1] * shape[2] + number, noted, mask=is_kept == 0)
+    return gl.where(is_kept, noted, number)
+
+
+@gluon.jit
+def hand_over_retakes(handed, handed_over, warpgroup, noted):
+    """By a computing warpgroup after its last turn."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    handed.index(warpgroup).store(gl.zeros([1], gl.int32, layout) + noted)
+    mbarrier.arrive(handed_over.index(0), count=1)
+
+
+@gluon.jit
+def await_retakes(handed, handed_over):
+    """By the loading warp: what each warpgroup noted last."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(handed_over.index(0), 0)
+    return gl.max(handed.index(0).load(layout), 0), gl.max(handed.index(1).load(layout), 0)
+
+
+@gluon.jit
+def draw_retake(noted, shape, ranges_ptr, retakes_ptr, counts_ptr, HAS_RANGES: gl.constexpr):
+    """The next turn to be taken again and the length of its list, or -1 and 0; and what is left of the noted ones. A turn that
+    both warpgroups noted comes twice."""
+    first, second = noted
+    is_first = first >= 0
+    number = gl.where(is_first, first, second)
+    row = gl.where(is_first, 0, shape[1] * shape[2])
+    before = gl.load(retakes_ptr + row + number, mask=number >= 0, other=_NO_TURN)
+    noted = (gl.where(is_first, before, first), gl.where(is_first, second, before))
+    return number, _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES), noted

@@ -58,62 +58,53 @@ def _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE: gl.const
 
 
 @gluon.jit
-def _step(number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, IS_WHOLE: gl.constexpr):
-    """Step ``number``: the energies of the ``turn``-th head's ``tile``-th tile. Returns the next step's tile and turn."""
-    query_tiles, mean_tiles, barriers, work, scale_log2 = shared
+def _head(turn, shared, warpgroup, own, targets, query_range, IS_WHOLE: gl.constexpr):
+    """The energies of the ``turn``-th head's query block, tile after tile of block means."""
+    query_tiles, mean_tiles, barriers, total, scale_log2 = shared
     query_full, query_empty, full, empty = barriers
-    total, _ = work
     first_query, end_query = query_range
     HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    is_last = tile + 1 == total
-    stage = number % STAGES
-    buffer = turn % QUERY_STAGES * WARPGROUPS + warpgroup
-    mbarrier.wait(full.index(stage), (number // STAGES) & 1)
-    mbarrier.wait(query_full.index(buffer), (turn // QUERY_STAGES) & 1)
-    query = query_tiles.index(buffer).reshape([BLOCK, HEAD_DIM])
     zeros = gl.zeros([TILE, BLOCK], gl.float32, layout)
-    in_work = warpgroup_mma(mean_tiles.index(stage), query.permute([1, 0]), zeros, use_acc=False, is_async=True)
-    products = warpgroup_mma_wait(0, deps=[in_work])
-    mbarrier.arrive(empty.index(stage), count=1)
-    mbarrier.arrive(query_empty.index(buffer), count=1, pred=is_last)
-    energies = _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE)
-    blocks = tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
-    gl.store(targets + turn * turn_stride + blocks, energies, mask=blocks < own)
-    return gl.where(is_last, 0, tile + 1), gl.where(is_last, turn + 1, turn)
+    buffer = turn % QUERY_STAGES * WARPGROUPS + warpgroup
+    mbarrier.wait(query_full.index(buffer), (turn // QUERY_STAGES) & 1)
+    query = query_tiles.index(buffer).reshape([BLOCK, HEAD_DIM]).permute([1, 0])
+    for tile in range(total):
+        number = turn * total + tile
+        stage = number % STAGES
+        mbarrier.wait(full.index(stage), (number // STAGES) & 1)
+        in_work = warpgroup_mma(mean_tiles.index(stage), query, zeros, use_acc=False, is_async=True)
+        products = warpgroup_mma_wait(0, deps=[in_work])
+        mbarrier.arrive(empty.index(stage), count=1)
+        energies = _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE)
+        blocks = tile * TILE + gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
+        gl.store(targets + blocks, energies, mask=blocks < own)
+    mbarrier.arrive(query_empty.index(buffer), count=1)
 
 
 @gluon.jit
 def _score(warpgroup, shared, scored):
     """One warpgroup: the energies of one query block of each head of the program."""
-    _, _, _, work, _ = shared
-    total, steps = work
-    energies_ptr, list_row, tiles, width, first_own, last_own, query_begin, query_end = scored
+    energies_ptr, list_row, tiles, width, first_own, last_own, query_begin, query_end, turns = scored
     own = first_own + warpgroup
     query_range = (query_begin - own * BLOCK, query_end - own * BLOCK)
     is_whole = (own * BLOCK >= query_begin) & ((own + 1) * BLOCK <= query_end)
     # A warpgroup without a query block of its own keeps in step and stores nothing.
     own = gl.where(own <= last_own, own, 0)
-    targets = energies_ptr + (list_row + warpgroup) * width
-    turn_stride = tiles * width
-
-    tile = total * 0
-    turn = total * 0
-    if is_whole:
-        for number in range(steps):
-            tile, turn = _step(number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, True)
-    else:
-        for number in range(steps):
-            tile, turn = _step(number, tile, turn, shared, warpgroup, own, targets, turn_stride, query_range, False)
+    for turn in range(turns):
+        targets = energies_ptr + (list_row + turn * tiles + warpgroup) * width
+        if is_whole:
+            _head(turn, shared, warpgroup, own, targets, query_range, True)
+        else:
+            _head(turn, shared, warpgroup, own, targets, query_range, False)
 
 
 @gluon.jit
-def _load(shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, head_count, GROUP: gl.constexpr):
+def _load(shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, turns, GROUP: gl.constexpr):
     """The loading warp: queries of each head, then the tiles of block means."""
-    query_tiles, mean_tiles, barriers, work, _ = shared
+    query_tiles, mean_tiles, barriers, total, _ = shared
     query_full, query_empty, full, empty = barriers
-    total, _ = work
-    for turn in range(head_count):
+    for turn in range(turns):
         head = first_head + turn
         for warpgroup in gl.static_range(WARPGROUPS):
             buffer = turn % QUERY_STAGES * WARPGROUPS + warpgroup
@@ -175,15 +166,15 @@ def _energies_hopper_kernel(
 
     first_row = start - query_offset + first_own * BLOCK
     list_row = (batch * heads + first_head).to(gl.int64) * tiles + first_tile
-    shared = (query_tiles, mean_tiles, barriers, (total, total * head_count), scale_log2)
-    scored = (energies_ptr, list_row, tiles, width.to(gl.int64), first_own, last_own, query_begin, query_end)
-    loading_turns = gl.where(total > 0, head_count, 0)
+    turns = gl.where(total > 0, head_count, 0)
+    shared = (query_tiles, mean_tiles, barriers, total, scale_log2)
+    scored = (energies_ptr, list_row, tiles, width.to(gl.int64), first_own, last_own, query_begin, query_end, turns)
     gl.warp_specialize(
         [
             (_score, (0, shared, scored)),
             (_score, (1, shared, scored)),
             (_score, (2, shared, scored)),
-            (_load, (shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, loading_turns, GROUP)),
+            (_load, (shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, turns, GROUP)),
         ],
         [4, 4, 1],
         [144, 144, 24],
