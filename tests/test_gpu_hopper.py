@@ -165,10 +165,11 @@ def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, ter
 )
 @pytest.mark.parametrize("terms", ["plain", "means", "sinks"])
 @pytest.mark.parametrize("overflows", ["weights", "results"])
-def test_weights_far_above_those_of_the_own_block(shape, terms, overflows):
+@pytest.mark.parametrize("kernel", ["attend", "attend_hopper"])
+def test_weights_far_above_those_of_the_own_block(shape, terms, overflows, kernel):
     """What float32 cannot hold relative to a query's own block is computed once more, relative to the largest logit."""
     from hf_flashprefill.backends import torch as torch_backend
-    from hf_flashprefill.backends.triton import attend_hopper, pool_keys_and_values, run_means
+    from hf_flashprefill.backends import triton as triton_backend
 
     query, key, value, ranges = shape.tensors(torch.device("cuda"))
     # Logits of 144 or 61 for every third query against the first keys, far from zero for none else.
@@ -195,14 +196,15 @@ def test_weights_far_above_those_of_the_own_block(shape, terms, overflows):
     scale = shape.head_dim**-0.5
     means = sinks = None
     if is_by_means:
-        pools = pool_keys_and_values(key, value, index.geometry, 4)
-        means = run_means(pools.key_blocks, pools.value_blocks, 2)
+        pools = triton_backend.pool_keys_and_values(key, value, index.geometry, 4)
+        means = triton_backend.run_means(pools.key_blocks, pools.value_blocks, 2)
     if terms == "sinks":
         sinks = torch.linspace(-3, 120, shape.heads, device="cuda")
 
     outputs = [torch.full_like(query, torch.nan) for _ in range(2)]
+    attend = getattr(triton_backend, kernel)
     for output in outputs:
-        attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, sinks=sinks, means=means)
+        attend.attend_blocks(query, key, value, index, scale=scale, output=output, sinks=sinks, means=means)
     expected = torch.full_like(query, torch.nan, dtype=torch.float32)
     exact_means = None if means is None else (means.key.float(), means.value.float())
     torch_backend.attend_blocks(

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,12 @@ ROOT = Path(__file__).parent.parent
 def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
     """How much a kernel may spill; no loop may know of it."""
     if kernel in ("attend", "attend window sinks", "attend means"):
-        # 12 to 24 bytes before the loop.
-        return 24 if version("triton").startswith(("3.6.", "3.7.")) else 0
-    # Results and weights take 176 of a thread's 240 registers; addresses are laid aside between loops.
-    return 128 if kernel.startswith("attend_hopper") and head_dim == 256 else 0
+        # Once before the loops, up to 40 bytes with triton 3.6 and 24 with 3.9.
+        return 40 if head_dim == 128 else 4
+    if kernel.startswith("attend_hopper"):
+        # Between loops: results and weights take 176 of a thread's 240 registers at head_dim 256, and both passes are counted.
+        return {64: 0, 128: 32, 256: 512}[head_dim]
+    return 0
 
 
 def test_every_launch_says_whether_products_and_sums_are_fused():

@@ -55,6 +55,7 @@ from .attend_hopper_turns import (
     make_announcements,
     next_number,
     note_retake,
+    number_of,
     place_of,
 )
 from .hopper_primitives import copy_to_shared, describe_rows, make_barriers
@@ -115,9 +116,6 @@ def _take_turns(
     zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
     mean_zeros = gl.zeros([ROWS, MEANS], gl.float32, mean_layout)
     own_row = warpgroup * ROWS
-    is_spoiled = False
-    if HAS_MEANS:
-        is_spoiled = gl.load(spoiled_ptr) != 0
     sums_layout: gl.constexpr = partial_sums(zeros).type.layout
     mean_sums_layout: gl.constexpr = partial_sums(mean_zeros).type.layout
     turn, done, noted = gl.to_tensor(turn), gl.to_tensor(done), gl.to_tensor(-1)
@@ -156,6 +154,7 @@ def _take_turns(
         unused_from = gl.where(listed_steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
         last_weights = weights
         if HAS_MEANS:
+            is_spoiled = gl.load(spoiled_ptr) != 0
             # One step at least, so that the shape of the last weights is known.
             mean_max = gl.convert_layout(running_max, mean_row_layout)
             mean_sum = gl.convert_layout(running_sum, mean_sums_layout)
@@ -176,6 +175,12 @@ def _take_turns(
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(buffer), count=1)
         done += steps
+        # Asked anew, so that the steps have the registers.
+        number = number_of(announcements, turn + PASS)
+        place, block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
+        batch, head, tile = place
+        own, first_row = block
+        start, query_begin, query_end, key_end = span
         result = last_product(last_weights, result, buffers, barriers, done - 1, unused_from, HAS_RANGES or HAS_MEANS)
         total = gl.convert_layout(gl.sum(running_sum, 1), result_row_layout)
         if HAS_SINKS:

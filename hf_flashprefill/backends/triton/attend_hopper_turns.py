@@ -56,6 +56,12 @@ def _read(announced_numbers, turn):
 
 
 @gluon.jit
+def number_of(announcements, turn):
+    """The number of the program's turn ``turn``, for a computing warpgroup that has awaited it."""
+    return _read(announcements[0], turn)
+
+
+@gluon.jit
 def await_turn(announcements, turn_full, turn):
     """(number, length of the list) of the program's turn ``turn``, for a computing warpgroup."""
     numbers, lengths = announcements
@@ -140,7 +146,7 @@ def note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept):
     """By a computing warpgroup: turn ``number`` is to be taken again unless ``is_kept``. ``noted`` was noted last, or is -1;
     returns what now is."""
     gl.store(retakes_ptr + warpgroup * shape[1] * shape[2] + number, noted, mask=is_kept == 0)
-    return gl.where(is_kept, noted, number)
+    return gl.where(is_kept == 0, number, noted)
 
 
 @gluon.jit
