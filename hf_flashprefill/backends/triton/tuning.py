@@ -92,8 +92,8 @@ def hopper_tiles(head_dim: int) -> HopperTiles:
         # 457, but 444 and 450 with means at the published density of 32K tokens; a fourth or an eighth of the exponentials as
         # polynomials 456 and 470, none 465, cuDNN's dense attention 480. All that with a running maximum.
         return HopperTiles(step=128, stages=4, query_stages=2, query_in_registers=True)
-    # H200, one process, 8K, 32K and 128K tokens at published densities and every block of 16K, without and with means: queries in
-    # registers took .99 to 1.05 of the time, steps of 64 keys 1.02 to 1.15, both together 1.02 to 1.09.
+    # H200, one process, 8K, 32K and 128K tokens at published densities and every block of 16K, without and with means: queries
+    # in registers took .99 to 1.05 of the time, steps of 64 keys 1.02 to 1.15, both together 1.02 to 1.09.
     return HopperTiles(step=128, stages=2, query_stages=2)
 
 
