@@ -207,27 +207,29 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
 
 def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
     """(name, compiled kernel) of the attention itself on a Hopper GPU."""
-    query = torch.zeros(1, HEADS, TOKENS, head_dim, dtype=torch.bfloat16)
-    key = torch.zeros(1, KEY_HEADS, TOKENS, head_dim, dtype=torch.bfloat16)
     number = torch.zeros(1, HEADS, 4, 4, dtype=torch.int32)
     counts = number[..., 0].contiguous()
     tiles = tuning.hopper_tiles(head_dim)
-    descriptors = [hopper_primitives.describe_rows(t, rows) for t, rows in ((query, 64), (key, tiles.step), (key, tiles.step))]
-    run_means = means.RunMeans(key[:, :, None], key[:, :, None], counts)
     mean_weights = torch.zeros(1, HEADS, 4, 128)
-    described = attend_hopper._mean_descriptors(run_means, mean_weights)
-    for name, of_means, sinks in (
-        ("attend_hopper", [None] * 3, None),
-        ("attend_hopper means", described, None),
-        ("attend_hopper sinks", described, mean_weights),
+    for name, dtype, has_means, sinks in (
+        ("attend_hopper", torch.bfloat16, False, None),
+        ("attend_hopper means", torch.bfloat16, True, None),
+        ("attend_hopper sinks", torch.bfloat16, True, mean_weights),
+        ("attend_hopper float16", torch.float16, True, None),
     ):
+        query = torch.zeros(1, HEADS, TOKENS, head_dim, dtype=dtype)
+        key = torch.zeros(1, KEY_HEADS, TOKENS, head_dim, dtype=dtype)
+        rows = ((query, 64), (key, tiles.step), (key, tiles.step))
+        descriptors = [hopper_primitives.describe_rows(tensor, count) for tensor, count in rows]
+        run_means = means.RunMeans(key[:, :, None], key[:, :, None], counts)
+        of_means = attend_hopper._mean_descriptors(run_means, mean_weights) if has_means else [None] * 3
         yield (
             name,
             attend_hopper._attend_hopper_kernel.warmup(
                 *descriptors, *of_means, query, None, counts, counts, counts, number, counts, sinks, 0.1, TOKENS, TOKENS, 0, 0,
                 4, 4, 4, HEADS, HEADS, *query.stride()[:3], GROUP=HEADS // KEY_HEADS, STEP=tiles.step, STAGES=tiles.stages,
                 QUERY_STAGES=tiles.query_stages, QUERY_IN_REGISTERS=tiles.query_in_registers, HAS_RANGES=False,
-                HAS_SINKS=sinks is not None, HAS_MEANS=of_means[0] is not None, num_warps=4, enable_fp_fusion=True, grid=(1,),
+                HAS_SINKS=sinks is not None, HAS_MEANS=has_means, num_warps=4, enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 
@@ -247,6 +249,12 @@ def _spills_in_loops(listing: str) -> int:
     return sum(bool(re.search(r"\b(STL|LDL)\b", line)) for body in _matrix_loops(listing) for line in body)
 
 
+def _loops_without_maxima(listing: str) -> int:
+    """Those that take exponentials relative to what is known before them."""
+    loops = ["\n".join(body) for body in _matrix_loops(listing)]
+    return sum("MUFU.EX2" in body and "FMNMX" not in body for body in loops)
+
+
 def _late_exponentials(listing: str) -> int:
     """Exponentials that no product runs beside: those after the last barrier that is asked before all products are waited for.
 
@@ -263,8 +271,8 @@ def _late_exponentials(listing: str) -> int:
 
 
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
-    """Bytes spilled, registers, exponentials with no product beside them, ptxas's warnings about serialised matrix products
-    (C75xx), and 16-byte loads and stores."""
+    """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, ptxas's warnings about
+    serialised matrix products (C75xx), and 16-byte loads and stores."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -278,6 +286,7 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
     return {
         "spilled_in_loops": _spills_in_loops(listing),
         "late_exponentials": _late_exponentials(listing),
+        "loops_without_maxima": _loops_without_maxima(listing),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),

@@ -172,7 +172,7 @@ def test_weights_far_above_those_of_the_own_block(shape, terms, overflows, kerne
     from hf_flashprefill.backends import triton as triton_backend
 
     query, key, value, ranges = shape.tensors(torch.device("cuda"))
-    # Logits of 144 or 61 for every third query against the first keys, far from zero for none else.
+    # Logits of 144 or 61 for every third query against the first keys, near zero for all others.
     direction = torch.nn.functional.normalize(torch.randn(shape.head_dim, device="cuda"), dim=0)
     query, key = query / 8, key / 8
     length = 12 if overflows == "weights" else 7.8
@@ -217,7 +217,7 @@ def test_weights_far_above_those_of_the_own_block(shape, terms, overflows, kerne
         size = value[row, :, start : start + end].float().abs().max()
         torch.testing.assert_close(found / size, expected[row, :, rows] / size, atol=4e-3, rtol=2e-2)
     assert torch.equal(outputs[0].nan_to_num(), outputs[1].nan_to_num())
-    # In some query blocks, not in all, float32 could not have held what belongs to the own block's largest logit.
+    # For some queries, not for all, float32 could not have held what is relative to the own block's largest logit.
     reached = _logits_above_the_own_block(query, key, index, scale)
     limit = 128 if overflows == "weights" else 128 - torch.tensor(1e30).log2()
     if shape.dtype == torch.bfloat16:
@@ -225,7 +225,7 @@ def test_weights_far_above_those_of_the_own_block(shape, terms, overflows, kerne
 
 
 def _logits_above_the_own_block(query, key, index, scale):
-    """By how many powers of two the largest logit of each query block of the last row's first head exceeds the own block's."""
+    """By how many powers of two the largest logit of each query of the last row's first head exceeds the own block's."""
     start, begin, end, _ = index.geometry.row_spans()[-1]
     rows = query[-1, 0, start + begin - index.geometry.query_offset :].float()[: end - begin]
     keys = key[-1, 0, start : start + end].float()

@@ -88,12 +88,14 @@ def test_turns_without_queries_are_passed_over():
     def place(number, *_):
         return place_of(geometry, heads, number)
 
-    is_empty = as_python(turns._is_empty, place_of=place, **CONSTANTS)
+    turns_of = as_python(turns.turns_of)
+    is_empty = as_python(turns._is_empty, place_of=place, turns_of=turns_of, **CONSTANTS)
     gl = SimpleNamespace(**vars(GL), load=lambda row, mask, other: counts[row] if mask else other)
     length = as_python(turns._list_length, gl=gl, place_of=place)
     draw = as_python(
-        turns.draw_turn, gl=gl, _list_length=length, _is_empty=is_empty, next_number=lambda _: next(counter), **CONSTANTS
-    )
+        turns.draw_turn, gl=gl, _list_length=length, _is_empty=is_empty, turns_of=turns_of, next_number=lambda _: next(counter),
+        **CONSTANTS,
+    )  # fmt: skip
     drawn = []
     while (found := draw(next(counter), shape, None, None, 0, True)) != (-1, 0):
         assert found[1] == 1
@@ -141,12 +143,13 @@ def test_turns_noted_by_either_warpgroup_are_drawn_again():
             pointer.table[pointer.place] = value
 
     gl = SimpleNamespace(**vars(GL), load=load, store=store)
-    note = as_python(turns.note_retake, gl=gl)
+    turns_of = as_python(turns.turns_of)
+    note = as_python(turns.note_retake, gl=gl, turns_of=turns_of)
     length = as_python(
         turns._list_length, gl=gl, place_of=lambda number, *_: ((0, number // tiles, number % tiles), None, None)
     )
-    draw = as_python(turns.draw_retake, gl=gl, _list_length=length, **CONSTANTS)
-    taken, unkept = [4, 20, 0, 11, 5], ({4, 0, 5}, {20, 5})
+    draw = as_python(turns.draw_retake, gl=gl, _list_length=length, turns_of=turns_of, **CONSTANTS)
+    taken, unkept = [0, 4, 5, 11, 20], ({4, 0, 5}, {20, 5})
     noted = [-1, -1]
     for number in taken:
         for warpgroup in range(2):
@@ -161,4 +164,4 @@ def test_turns_noted_by_either_warpgroup_are_drawn_again():
             break
         assert listed == 100 + number
         drawn.append(number)
-    assert drawn == [5, 0, 4, 5, 20]
+    assert drawn == [5, 4, 0, 20, 5]

@@ -4,10 +4,11 @@ The query block's own key block comes first, in a loop with run-time bounds; the
 the list. In the other order, or with the own block as straight-line code, ptxas serialises every wgmma of the kernel on
 Hopper (warning C7515).
 
-The loop over the list has no running maximum: weights are taken relative to the largest logit of the own keys. If a sum or a
-result overflows, the program starts again with a running maximum; float16, which ends at 65504, always has one. Time against a
-running maximum throughout, in one process, without and with means: .93 and .96 at 32K tokens, .93 and .97 at 128K, .92 and .95
-with every block of 16K tokens listed (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, published densities).
+The loop over the list has no running maximum: weights are taken relative to the largest logit of the own keys, and those at the
+window's edge. If a sum or a result overflows, the program starts again with a running maximum; float16, which ends at 65504,
+always has one. Time against a running maximum throughout, in one process, without and with means: .93 and .96 at 32K tokens,
+.93 and .97 at 128K, .92 and .95 with every block of 16K tokens listed (H200, 32 query and 8 key-value heads, head_dim 128,
+bfloat16, published densities).
 
 Sliding windows, attention sinks and the means of dropped blocks are further terms of the same softmax; each costs nothing
 where it is not asked for.
@@ -24,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
 from .means import RunMeans, weigh_means
-from .primitives import compute_capability, copy_engine_takes, launch_context, row_span
+from .primitives import LARGEST_TOTAL, compute_capability, copy_engine_takes, launch_context, row_span
 from .tuning import AttendTiles, attend_tiles
 
 
@@ -273,15 +274,15 @@ def _attend_kernel(
         of_means = (key_means_ptr, value_means_ptr, mean_weights_ptr, mean_blocks, mean_rows, weights_width)
         pointers = (key_ptr, value_ptr, key_desc, value_desc, indices_ptr, counts_ptr, sinks_ptr, of_means)
         strides = (stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, width)
-        # Above 65504 weights of float16 are infinite, and attention sinks are often that far above a query's own block.
+        # Weights above 65504 are infinite in float16; a prompt's first tokens may have logits 11 (natural units) above others.
         MAY_REPEAT: tl.constexpr = key_ptr.dtype.element_ty != tl.float16
         total, accumulator = _attend(
             queries, positions, place, pointers, strides, scale_log2, sliding_window, not MAY_REPEAT, GROUP, HEAD_DIM, BLOCK_D,
             BLOCK, BLOCK_M, BLOCK_N, HAS_RANGES, HAS_DESCRIPTORS, HAS_WINDOW, HAS_SINKS, HAS_MEANS,
         )  # fmt: skip
         if MAY_REPEAT:
-            # What is not finite anywhere makes a sum of zeros NaN; from 2^126 on a division says 0.
-            is_finite = (tl.sum(accumulator * 0.0, 1) == 0) & (total < 2.0**120)
+            # What is not finite anywhere makes a sum of zeros NaN.
+            is_finite = (tl.sum(accumulator * 0.0, 1) == 0) & (total < LARGEST_TOTAL)
             if tl.min((is_finite | (is_query == 0)).to(tl.int32), 0) == 0:
                 total, accumulator = _attend(
                     queries, positions, place, pointers, strides, scale_log2, sliding_window, True, GROUP, HEAD_DIM, BLOCK_D,

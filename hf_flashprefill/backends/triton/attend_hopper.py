@@ -60,14 +60,12 @@ from .attend_hopper_turns import (
 )
 from .hopper_primitives import copy_to_shared, describe_rows, make_barriers
 from .means import RunMeans, weigh_means
-from .primitives import copy_engine_takes, launch_context, multiprocessors
+from .primitives import LARGEST_TOTAL, copy_engine_takes, launch_context, multiprocessors
 from .tuning import hopper_tiles
 
 # Queries of a warpgroup.
 ROWS = gl.constexpr(64)
 LOG2_E = gl.constexpr(math.log2(math.e))
-# Sums of weights below this have met no overflow, and results may be divided by them: from 2^126 on the division says 0.
-_LARGEST_TOTAL = gl.constexpr(2.0**120)
 
 
 @gluon.jit
@@ -193,7 +191,7 @@ def _take_turns(
             position = own * BLOCK + own_row + gl.arange(0, ROWS, layout=result_row_layout)
             is_query = (position >= query_begin) & (position < query_end)
             # What is not finite anywhere makes a sum of zeros NaN.
-            is_finite = (gl.sum(result * 0.0, 1) == 0) & (total < _LARGEST_TOTAL)
+            is_finite = (gl.sum(result * 0.0, 1) == 0) & (total < LARGEST_TOTAL)
             is_kept = gl.min((is_finite | (is_query == 0)).to(gl.int32), 0)
             noted = note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept)
         result = result / total[:, None]
@@ -376,7 +374,7 @@ def _attend_hopper_kernel(
 ):
     """One program of as many as there are multiprocessors: turns until there are no more."""
     HEAD_DIM: gl.constexpr = key_desc.block_type.shape[3]
-    # Above 65504 weights of float16 are infinite, and attention sinks are often that far above a query's own block.
+    # Weights above 65504 are infinite in float16; a prompt's first tokens may have logits 11 (natural units) above others.
     MAY_RETAKE: gl.constexpr = key_desc.dtype == gl.bfloat16
     buffers = (
         gl.allocate_shared_memory(query_desc.dtype, [2 * QUERY_STAGES, 1, 1, ROWS, HEAD_DIM], query_desc.layout),

@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_primitives import copy_to_shared, first_rows
 
-# Means per step; there are 64 in all at 64K tokens. H200, published densities: in steps of 128, with weights loaded by the
-# computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K; now 0 to 6
-# and at most 4 %.
+# Means per step; there are 64 in all at 64K tokens. H200, published densities, with a running maximum: in steps of 128, with
+# weights loaded by the computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K;
+# after that 0 to 6 and at most 4 %.
 MEANS = gl.constexpr(64)
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 

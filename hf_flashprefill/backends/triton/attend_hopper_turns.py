@@ -70,6 +70,12 @@ def await_turn(announcements, turn_full, turn):
 
 
 @gluon.jit
+def turns_of(shape):
+    """How many turns a call has."""
+    return shape[1] * shape[2]
+
+
+@gluon.jit
 def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
     """Where turn ``number`` stands: (batch row, head, query block of the call), (the query block's own key block, the buffer
     row of its first query), and the batch row's ``row_span``.
@@ -114,7 +120,7 @@ def _is_empty(number, shape, ranges_ptr):
     """Whether turn ``number`` is one, but has no queries, as behind the end of a padded row."""
     _, block, span = place_of(number, shape, ranges_ptr, True)
     _, query_begin, query_end, _ = span
-    return (number < shape[1] * shape[2]) & ((block[0] * BLOCK >= query_end) | (query_end <= query_begin))
+    return (number < turns_of(shape)) & ((block[0] * BLOCK >= query_end) | (query_end <= query_begin))
 
 
 @gluon.jit
@@ -131,7 +137,7 @@ def draw_turn(number, shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES: 
     if HAS_RANGES:
         while _is_empty(number, shape, ranges_ptr):
             number = next_number(next_turn_ptr)
-    number = gl.where(number < shape[1] * shape[2], number, _NO_TURN)
+    number = gl.where(number < turns_of(shape), number, _NO_TURN)
     return number, _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES)
 
 
@@ -145,7 +151,7 @@ def next_number(next_turn_ptr):
 def note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept):
     """By a computing warpgroup: turn ``number`` is to be taken again unless ``is_kept``. ``noted`` was noted last, or is -1;
     returns what now is."""
-    gl.store(retakes_ptr + warpgroup * shape[1] * shape[2] + number, noted, mask=is_kept == 0)
+    gl.store(retakes_ptr + warpgroup * turns_of(shape) + number, noted, mask=is_kept == 0)
     return gl.where(is_kept == 0, number, noted)
 
 
@@ -172,7 +178,7 @@ def draw_retake(noted, shape, ranges_ptr, retakes_ptr, counts_ptr, HAS_RANGES: g
     first, second = noted
     is_first = first >= 0
     number = gl.where(is_first, first, second)
-    row = gl.where(is_first, 0, shape[1] * shape[2])
+    row = gl.where(is_first, 0, turns_of(shape))
     before = gl.load(retakes_ptr + row + number, mask=number >= 0, other=_NO_TURN)
     noted = (gl.where(is_first, before, first), gl.where(is_first, second, before))
     return number, _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES), noted

@@ -58,19 +58,19 @@ def _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE: gl.const
 
 
 @gluon.jit
-def _head(turn, shared, warpgroup, own, targets, query_range, IS_WHOLE: gl.constexpr):
-    """The energies of the ``turn``-th head's query block, tile after tile of block means."""
+def _score_head(nth, shared, warpgroup, own, targets, query_range, IS_WHOLE: gl.constexpr):
+    """The energies of the program's ``nth`` head's query block, tile after tile of block means."""
     query_tiles, mean_tiles, barriers, total, scale_log2 = shared
     query_full, query_empty, full, empty = barriers
     first_query, end_query = query_range
     HEAD_DIM: gl.constexpr = mean_tiles.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     zeros = gl.zeros([TILE, BLOCK], gl.float32, layout)
-    buffer = turn % QUERY_STAGES * WARPGROUPS + warpgroup
-    mbarrier.wait(query_full.index(buffer), (turn // QUERY_STAGES) & 1)
+    buffer = nth % QUERY_STAGES * WARPGROUPS + warpgroup
+    mbarrier.wait(query_full.index(buffer), (nth // QUERY_STAGES) & 1)
     query = query_tiles.index(buffer).reshape([BLOCK, HEAD_DIM]).permute([1, 0])
     for tile in range(total):
-        number = turn * total + tile
+        number = nth * total + tile
         stage = number % STAGES
         mbarrier.wait(full.index(stage), (number // STAGES) & 1)
         in_work = warpgroup_mma(mean_tiles.index(stage), query, zeros, use_acc=False, is_async=True)
@@ -85,36 +85,36 @@ def _head(turn, shared, warpgroup, own, targets, query_range, IS_WHOLE: gl.const
 @gluon.jit
 def _score(warpgroup, shared, scored):
     """One warpgroup: the energies of one query block of each head of the program."""
-    energies_ptr, list_row, tiles, width, first_own, last_own, query_begin, query_end, turns = scored
+    energies_ptr, list_row, tiles, width, first_own, last_own, query_begin, query_end, scored_heads = scored
     own = first_own + warpgroup
     query_range = (query_begin - own * BLOCK, query_end - own * BLOCK)
     is_whole = (own * BLOCK >= query_begin) & ((own + 1) * BLOCK <= query_end)
     # A warpgroup without a query block of its own keeps in step and stores nothing.
     own = gl.where(own <= last_own, own, 0)
-    for turn in range(turns):
-        targets = energies_ptr + (list_row + turn * tiles + warpgroup) * width
+    for nth in range(scored_heads):
+        targets = energies_ptr + (list_row + nth * tiles + warpgroup) * width
         if is_whole:
-            _head(turn, shared, warpgroup, own, targets, query_range, True)
+            _score_head(nth, shared, warpgroup, own, targets, query_range, True)
         else:
-            _head(turn, shared, warpgroup, own, targets, query_range, False)
+            _score_head(nth, shared, warpgroup, own, targets, query_range, False)
 
 
 @gluon.jit
-def _load(shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, turns, GROUP: gl.constexpr):
+def _load(shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, scored_heads, GROUP: gl.constexpr):
     """The loading warp: queries of each head, then the tiles of block means."""
     query_tiles, mean_tiles, barriers, total, _ = shared
     query_full, query_empty, full, empty = barriers
-    for turn in range(turns):
-        head = first_head + turn
+    for nth in range(scored_heads):
+        head = first_head + nth
         for warpgroup in gl.static_range(WARPGROUPS):
-            buffer = turn % QUERY_STAGES * WARPGROUPS + warpgroup
-            mbarrier.wait(query_empty.index(buffer), ((turn // QUERY_STAGES) & 1) ^ 1)
+            buffer = nth % QUERY_STAGES * WARPGROUPS + warpgroup
+            mbarrier.wait(query_empty.index(buffer), ((nth // QUERY_STAGES) & 1) ^ 1)
             mbarrier.expect(query_full.index(buffer), query_desc.block_type.nbytes)
             coordinates = [batch, head, first_row + warpgroup * BLOCK, 0]
             copy_to_shared(query_desc, coordinates, query_full.index(buffer), query_tiles.index(buffer))
         mean_row = (batch * (heads // GROUP) + head // GROUP) * key_blocks
         for tile in range(total):
-            number = turn * total + tile
+            number = nth * total + tile
             stage = number % STAGES
             mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), means_desc.block_type.nbytes)
@@ -166,15 +166,15 @@ def _energies_hopper_kernel(
 
     first_row = start - query_offset + first_own * BLOCK
     list_row = (batch * heads + first_head).to(gl.int64) * tiles + first_tile
-    turns = gl.where(total > 0, head_count, 0)
+    scored_heads = gl.where(total > 0, head_count, 0)
     shared = (query_tiles, mean_tiles, barriers, total, scale_log2)
-    scored = (energies_ptr, list_row, tiles, width.to(gl.int64), first_own, last_own, query_begin, query_end, turns)
+    scored = (energies_ptr, list_row, tiles, width.to(gl.int64), first_own, last_own, query_begin, query_end, scored_heads)
     gl.warp_specialize(
         [
             (_score, (0, shared, scored)),
             (_score, (1, shared, scored)),
             (_score, (2, shared, scored)),
-            (_load, (shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, turns, GROUP)),
+            (_load, (shared, query_desc, means_desc, batch, first_head, first_row, heads, key_blocks, scored_heads, GROUP)),
         ],
         [4, 4, 1],
         [144, 144, 24],

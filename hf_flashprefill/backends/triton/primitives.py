@@ -6,6 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+# Attention whose sums of weights are below this has met no overflow in them, and may be divided by them: from 2^126 on the
+# division says 0.
+LARGEST_TOTAL = tl.constexpr(2.0**120)
+
 
 @triton.jit
 def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: tl.constexpr):
