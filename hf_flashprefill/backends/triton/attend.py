@@ -60,7 +60,8 @@ def _attend(
     HAS_SINKS: tl.constexpr,
     HAS_MEANS: tl.constexpr,
 ) -> tuple:
-    """Sums of weights [BLOCK_M] and of weighted values [BLOCK_M, BLOCK_D] over the list and the softmax's further terms.
+    """Sums of weights [BLOCK_M] and of weighted values [BLOCK_M, BLOCK_D], float32, of ``queries`` [BLOCK_M, BLOCK_D] at
+    ``positions`` [BLOCK_M], in tokens, over the list and the softmax's further terms.
 
     ONLINE: the maximum that weights are relative to rises with the logits, and what came before shrinks. Otherwise it stays
     that of the query block's own keys, and weights beyond what float32 holds come out as infinity or NaN.

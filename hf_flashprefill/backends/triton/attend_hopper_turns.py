@@ -156,19 +156,19 @@ def note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept):
 
 
 @gluon.jit
-def hand_over_retakes(handed, handed_over, warpgroup, noted):
-    """By a computing warpgroup after its last turn."""
+def announce_noted(last_noted, last_noted_full, warpgroup, noted):
+    """By a computing warpgroup after its last turn: the turn it ``noted`` last, or -1."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    handed.index(warpgroup).store(gl.zeros([1], gl.int32, layout) + noted)
-    mbarrier.arrive(handed_over.index(0), count=1)
+    last_noted.index(warpgroup).store(gl.zeros([1], gl.int32, layout) + noted)
+    mbarrier.arrive(last_noted_full.index(0), count=1)
 
 
 @gluon.jit
-def await_retakes(handed, handed_over):
+def await_noted(last_noted, last_noted_full):
     """By the loading warp: what each warpgroup noted last."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(handed_over.index(0), 0)
-    return gl.max(handed.index(0).load(layout), 0), gl.max(handed.index(1).load(layout), 0)
+    mbarrier.wait(last_noted_full.index(0), 0)
+    return gl.max(last_noted.index(0).load(layout), 0), gl.max(last_noted.index(1).load(layout), 0)
 
 
 @gluon.jit
