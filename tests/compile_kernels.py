@@ -160,14 +160,14 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "run_means",
         means._run_means_kernel.warmup(
-            key, key, key, counts, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4,
+            key, key, key, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4,
             enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
     yield (
         "weigh_means",
         means._weigh_means_kernel.warmup(
-            number, counts, scores, 4, 128, 4, LOG2_BLOCK=7, WIDTH=means.WIDTH, num_warps=1, enable_fp_fusion=True, grid=(1,)
+            number, counts, scores, 4, 128, 4, LOG2_BLOCK=7, num_warps=1, enable_fp_fusion=True, grid=(1,)
         ),
     )
 
@@ -221,12 +221,12 @@ def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
         key = torch.zeros(1, KEY_HEADS, TOKENS, head_dim, dtype=dtype)
         rows = ((query, 64), (key, tiles.step), (key, tiles.step))
         descriptors = [hopper_primitives.describe_rows(tensor, count) for tensor, count in rows]
-        run_means = means.RunMeans(key[:, :, None], key[:, :, None], counts)
-        of_means = attend_hopper._mean_descriptors(run_means, mean_weights) if has_means else [None] * 3
+        run_means = means.RunMeans(key[:, :, None], key[:, :, None])
+        of_means = attend_hopper._mean_descriptors(run_means, mean_weights, tiles.step) if has_means else [None] * 3
         yield (
             name,
             attend_hopper._attend_hopper_kernel.warmup(
-                *descriptors, *of_means, query, None, counts, counts, counts, number, counts, sinks, 0.1, TOKENS, TOKENS, 0, 0,
+                *descriptors, *of_means, query, None, counts, counts, counts, number, sinks, 0.1, TOKENS, TOKENS, 0, 0,
                 4, 4, 4, HEADS, HEADS, *query.stride()[:3], GROUP=HEADS // KEY_HEADS, STEP=tiles.step, STAGES=tiles.stages,
                 QUERY_STAGES=tiles.query_stages, QUERY_IN_REGISTERS=tiles.query_in_registers, HAS_RANGES=False,
                 HAS_SINKS=sinks is not None, HAS_MEANS=has_means, num_warps=4, enable_fp_fusion=True, grid=(1,),
@@ -270,9 +270,31 @@ def _late_exponentials(listing: str) -> int:
     return late
 
 
+def _repacked_pairs(listing: str) -> int:
+    """Instructions in such a loop that take pairs of 16-bit numbers apart or put them together, or move registers; the most of
+    any of them.
+
+    Weights that came to the list's loop from that of the means were unpacked and packed anew in every step, by 64 instructions
+    beside 321: with every block of 16K tokens listed means added 10 % to the attention, without these 1 % (H200, head dim 128).
+    """
+    loops = ["\n".join(body) for body in _matrix_loops(listing)]
+    return max((len(re.findall(r"\b(?:PRMT|MOV|IMAD\.MOV)\b", body)) for body in loops if "FMNMX" not in body), default=0)
+
+
+def _barriers_span(ptx: str) -> int:
+    """Bytes of shared memory between a program's first barrier and its last. One that the compiler takes for unused lies among
+    other things, whose memory it shares."""
+    offsets = {name: int(offset) for name, offset in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
+    barriers = [offsets.get(name) for name in re.findall(r"mbarrier\.init\S*\s+\[(%r\d+)\]", ptx)]
+    if None in barriers:
+        raise RuntimeError("a barrier stands at no fixed address: read the code anew")
+    return max(barriers) - min(barriers) if barriers else 0
+
+
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
-    """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, ptxas's warnings about
-    serialised matrix products (C75xx), and 16-byte loads and stores."""
+    """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, pairs of numbers that
+    loops pack anew, bytes over which barriers are spread, ptxas's warnings about serialised matrix products (C75xx), and
+    16-byte loads and stores."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -287,6 +309,8 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         "spilled_in_loops": _spills_in_loops(listing),
         "late_exponentials": _late_exponentials(listing),
         "loops_without_maxima": _loops_without_maxima(listing),
+        "repacked_pairs": _repacked_pairs(listing),
+        "barriers_span": _barriers_span(kernel.asm["ptx"]),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),

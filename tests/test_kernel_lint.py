@@ -77,10 +77,13 @@ def test_kernels_compile_clean(capability):
         assert verdict["spilled_in_loops"] == 0, verdict
         if verdict["kernel"].startswith("attend_hopper"):
             assert verdict["late_exponentials"] == 0, verdict
+            assert verdict["repacked_pairs"] <= 8, verdict
         if verdict["kernel"].startswith("attend"):
             # A loop that takes no maxima runs over the list, but float16 does not hold weights relative to the own block alone.
             assert (verdict["loops_without_maxima"] > 0) == (verdict["kernel"] != "attend_hopper float16"), verdict
         assert verdict["warnings"] == [], verdict
+        # Barriers stand together; results, whose memory is the first to be given to others, take kilobytes.
+        assert verdict["barriers_span"] <= 512, verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
         assert verdict["shared_memory"] <= (232448 if capability == 90 else 101376), verdict
         if verdict["kernel"] == "gather":

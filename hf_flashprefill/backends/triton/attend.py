@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .means import RunMeans, weigh_means
+from .means import RunMeans, first_weight, weigh_means
 from .primitives import LARGEST_TOTAL, compute_capability, copy_engine_takes, launch_context, row_span
 from .tuning import AttendTiles, attend_tiles
 
@@ -157,6 +157,7 @@ def _attend(
         runs = tl.cdiv(own, mean_blocks)
         mean_set = (batch * (tl.num_programs(0) // GROUP) + key_head) * mean_blocks + (own + mean_blocks - 1) % mean_blocks
         first_mean = mean_set.to(tl.int64) * mean_rows * HEAD_DIM
+        mean_weights_row = mean_weights_ptr + list_row * weights_width + first_weight(own, mean_blocks)
         # A pipeline of its own would spill on compute capability 8.0, and there are few steps to fill it.
         for first_run in tl.range(0, runs, BLOCK_N, num_stages=1):
             run = first_run + columns
@@ -165,7 +166,7 @@ def _attend(
             is_value = is_mean[:, None] & in_head[None, :]
             keys = tl.load(key_means_ptr + first_mean + mean_tile, mask=is_value, other=0.0)
             logits = tl.dot(queries, keys.T, input_precision="ieee")
-            log2_tokens = tl.load(mean_weights_ptr + list_row * weights_width + run)
+            log2_tokens = tl.load(mean_weights_row + run, mask=is_mean, other=float("-inf"))
             # NaN, of keys that are not finite, must not come back from a mean that stands for nothing.
             logits = tl.where(log2_tokens[None, :] >= 0, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
             if ONLINE:

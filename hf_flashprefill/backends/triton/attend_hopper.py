@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
-from .attend_hopper_steps import MEAN_WEIGHTS_LAYOUT, MEANS
+from .attend_hopper_steps import MEAN_WEIGHTS_LAYOUT
 from .attend_hopper_turns import ANNOUNCEMENTS, BLOCK, SHARED_NUMBER, make_announcements
 from .attend_hopper_warps import LOG2_E, ROWS, compute, load
 from .hopper_primitives import describe_rows, make_barriers
@@ -63,7 +63,6 @@ def _attend_hopper_kernel(
     retakes_ptr,
     counts_ptr,
     indices_ptr,
-    spoiled_ptr,
     sinks_ptr,
     scale_log2,
     kv_len,
@@ -95,7 +94,7 @@ def _attend_hopper_kernel(
         gl.allocate_shared_memory(query_desc.dtype, [2 * QUERY_STAGES, 1, 1, ROWS, HEAD_DIM], query_desc.layout),
         gl.allocate_shared_memory(key_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], key_desc.layout),
         gl.allocate_shared_memory(value_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], value_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, MEANS], MEAN_WEIGHTS_LAYOUT),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, STEP], MEAN_WEIGHTS_LAYOUT),
     )
     barriers = (
         make_barriers(2 * QUERY_STAGES, 1),
@@ -107,12 +106,14 @@ def _attend_hopper_kernel(
         make_barriers(ANNOUNCEMENTS, 1),
     )
     announcements = make_announcements()
+    # Used even if no turn is taken again. The memory of a barrier that nobody waits for goes to others, and when a process that
+    # shares the GPU had its turn, the barrier's state came back there: four wrong numbers in a row of some results.
     last_noted = gl.allocate_shared_memory(gl.int32, [2, 1], SHARED_NUMBER)
     last_noted_full = make_barriers(1, 2)
     fence_async_shared()
 
     shape = (heads, batch_heads, tiles, first_query_block, query_offset, query_len, kv_len)
-    pointers = (output_ptr, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, spoiled_ptr, sinks_ptr)
+    pointers = (output_ptr, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, sinks_ptr)
     strides = (stride_ob, stride_oh, stride_os)
     descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc, mean_weights_desc)
     shared = (buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2)
@@ -141,11 +142,11 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size
     return all(copy_engine_takes(tensor) for tensor in (query, key, value))
 
 
-def _mean_descriptors(means: RunMeans, weights: torch.Tensor) -> list[TensorDescriptor]:
+def _mean_descriptors(means: RunMeans, weights: torch.Tensor, step: int) -> list[TensorDescriptor]:
     lists = weights.flatten(0, 2)
-    described = [describe_rows(tensor.flatten(1, 2), MEANS.value) for tensor in (means.key, means.value)]
+    described = [describe_rows(tensor.flatten(1, 2), step) for tensor in (means.key, means.value)]
     layout = MEAN_WEIGHTS_LAYOUT.value
-    return [*described, TensorDescriptor(lists, list(lists.shape), list(lists.stride()), [1, MEANS.value], layout)]
+    return [*described, TensorDescriptor(lists, list(lists.shape), list(lists.stride()), [1, step], layout)]
 
 
 def attend_blocks(
@@ -171,7 +172,7 @@ def attend_blocks(
     next_turn = torch.full((1,), programs, dtype=torch.int32, device=query.device)
     retakes = torch.empty((2, index.counts.numel()), dtype=torch.int32, device=query.device)
     mean_blocks = 1 if means is None else means.key.shape[2]
-    of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks))
+    of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks), tiles.step)
     with launch_context(query):
         _attend_hopper_kernel[(programs,)](
             describe_rows(query, ROWS.value),
@@ -184,7 +185,6 @@ def attend_blocks(
             retakes,
             index.counts,
             index.indices,
-            None if means is None else means.spoiled,
             sinks,
             scale * LOG2_E.value,
             geometry.kv_len,

@@ -16,12 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_primitives import copy_to_shared, first_rows
+from .hopper_primitives import copy_to_shared
 
-# Means per step; there are 64 in all at 64K tokens. H200, published densities, with a running maximum: in steps of 128, with
-# weights loaded by the computing warps and unused rows always zeroed, they added 14 % to the attention there and 9 % at 128K;
-# after that 0 to 6 and at most 4 %.
-MEANS = gl.constexpr(64)
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 
 
@@ -30,6 +26,12 @@ def partial_sums(weights):
     """[queries, keys] -> [queries, 8], what each thread can add up of its own; a sum per step would cost the threads of a query
     two exchanges."""
     return gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def pack_pairs(weights):
+    """The same 16-bit weights, each pair of them in one register from here on."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weights], dtype=weights.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -44,18 +46,24 @@ def _online_step(logits, running_max, running_sum, scale_log2):
 
 
 @gluon.jit
-def _zero_rows_from(tile, first_unused):
-    """Zero the rows of a shared value tile from ``first_unused`` on: weight 0 times a NaN in padding would still be NaN."""
-    KEYS: gl.constexpr = tile.shape[0]
-    HEAD_DIM: gl.constexpr = tile.shape[1]
-    # In parts of 32 rows, which leaves the registers to the product that waits for this.
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    for first in gl.static_range(0, KEYS, 32):
-        part = tile.slice(first, 32)
-        row = first + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
-        values = part.load(layout)
-        part.store(gl.where(row[:, None] < first_unused, values, gl.zeros_like(values)))
-    fence_async_shared()
+def clear_values(buffers, barriers, now, first_unused):
+    """Zero the values of step ``now``, which is still to be multiplied, from row ``first_unused`` on."""
+    _, _, value_tiles, _ = buffers
+    _, _, _, _, value_full, _, _ = barriers
+    STAGES: gl.constexpr = value_tiles.shape[0]
+    KEYS: gl.constexpr = value_tiles.shape[3]
+    HEAD_DIM: gl.constexpr = value_tiles.shape[4]
+    if first_unused < KEYS:
+        mbarrier.wait(value_full.index(now % STAGES), (now // STAGES) & 1)
+        tile = value_tiles.index(now % STAGES).reshape([KEYS, HEAD_DIM])
+        # In parts of 32 rows, which take few registers.
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        for first in gl.static_range(0, KEYS, 32):
+            part = tile.slice(first, 32)
+            row = first + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+            values = part.load(layout)
+            part.store(gl.where(row[:, None] < first_unused, values, gl.zeros_like(values)))
+        fence_async_shared()
 
 
 @gluon.jit
@@ -70,12 +78,9 @@ def _causal(logits, own_row, first_key, layout: gl.constexpr):
 
 
 @gluon.jit
-def _tile(tiles, stage, ROWS: gl.constexpr):
-    """Keys or values of one stage [ROWS, D], of which means fill the first part of a buffer."""
-    HEAD_DIM: gl.constexpr = tiles.shape[4]
-    if tiles.shape[3] == ROWS:
-        return tiles.index(stage).reshape([ROWS, HEAD_DIM])
-    return first_rows(tiles.index(stage), ROWS).reshape([ROWS, HEAD_DIM])
+def _weighed(logits, log2_tokens):
+    """Logits (base 2) of means that stand for as many tokens each; -inf for those that stand for none, whose own may be NaN."""
+    return gl.where((log2_tokens >= 0)[None, :], logits + log2_tokens[None, :], float("-inf"))
 
 
 @gluon.jit
@@ -85,22 +90,18 @@ def _issue_logits(query, zeros, buffers, barriers, now):
     _, _, key_full, _, _, _, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
     mbarrier.wait(key_full.index(now % STAGES), (now // STAGES) & 1)
-    key = _tile(key_tiles, now % STAGES, zeros.shape[1])
+    key = key_tiles.index(now % STAGES).reshape([key_tiles.shape[3], key_tiles.shape[4]])
     return warpgroup_mma(query, key.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _issue_result(weights, result, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr):
-    """Start adding weights x values of step ``now`` to the result [queries, D], which runs while this returns. Values from
-    ``unused_from`` on are of no key."""
+def _issue_result(weights, result, buffers, barriers, now):
+    """Start adding weights x values of step ``now`` to the result [queries, D], which runs while this returns."""
     _, _, value_tiles, _ = buffers
     _, _, _, _, value_full, _, _ = barriers
     STAGES: gl.constexpr = value_tiles.shape[0]
     mbarrier.wait(value_full.index(now % STAGES), (now // STAGES) & 1)
-    value = _tile(value_tiles, now % STAGES, weights.shape[1])
-    if HAS_UNUSED:  # noqa: SIM102  (the outer one is decided at compile time)
-        if unused_from < value.shape[0]:
-            _zero_rows_from(value, unused_from)
+    value = value_tiles.index(now % STAGES).reshape([value_tiles.shape[3], value_tiles.shape[4]])
     return warpgroup_mma(weights, value, result, is_async=True)
 
 
@@ -138,11 +139,10 @@ def compute_step(
     is_last,
     first,
     limit,
-    unused_from,
+    are_means,
     scale_log2,
     KIND: gl.constexpr,
     ONLINE: gl.constexpr,
-    HAS_UNUSED: gl.constexpr,
 ):
     """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
 
@@ -154,6 +154,7 @@ def compute_step(
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
     ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
+    "either": those if ``are_means``, or else seen by all.
     """
     _, _, key_full, key_empty, _, value_empty, _ = barriers
     STAGES: gl.constexpr = buffers[1].shape[0]
@@ -161,17 +162,22 @@ def compute_step(
     weights_layout: gl.constexpr = weights.type.layout
     result_layout: gl.constexpr = result.type.layout
     logits_in_work = _issue_logits(query, zeros, buffers, barriers, now)
-    result_in_work = _issue_result(weights, result, buffers, barriers, now - 1, unused_from, HAS_UNUSED)
+    result_in_work = _issue_result(weights, result, buffers, barriers, now - 1)
+    mean_weights = buffers[3].index(now % STAGES).reshape([zeros.shape[1]])
     if KIND == "means":
-        log2_tokens = buffers[3].index(now % STAGES).reshape([MEANS]).load(gl.SliceLayout(0, logits_layout))
+        log2_tokens = mean_weights.load(gl.SliceLayout(0, logits_layout))
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
+    if KIND == "either":
+        logits = logits * scale_log2
+        if are_means:
+            logits = _weighed(logits, mean_weights.load(gl.SliceLayout(0, logits_layout)))
+        scale_log2 = 1.0
+    # The weights of means must have been read by now: the next ones come with the next keys.
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     if KIND == "own":
         logits = _causal(logits, limit, first, logits_layout)
     if KIND == "means":
-        # NaN, of what lies behind the last mean, must not come back from a weight of nothing.
-        is_used = (log2_tokens >= 0)[None, :]
-        logits = gl.where(is_used, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
+        logits = _weighed(logits * scale_log2, log2_tokens)
         scale_log2 = 1.0
     IS_RISING: gl.constexpr = ONLINE or KIND == "own"
     if IS_RISING:
@@ -179,10 +185,10 @@ def compute_step(
     else:
         next_weights = gl.exp2(logits * scale_log2 - running_max[:, None])
         running_sum += partial_sums(next_weights)
-    next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
     # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
     mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
     result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
+    next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
     mbarrier.arrive(value_empty.index((now - 1) % STAGES), count=1)
     if IS_RISING:
         result = result * gl.convert_layout(rescale, gl.SliceLayout(1, result_layout))[:, None]
@@ -190,11 +196,11 @@ def compute_step(
 
 
 @gluon.jit
-def last_product(weights, result, buffers, barriers, now, unused_from, HAS_UNUSED: gl.constexpr):
+def last_product(weights, result, buffers, barriers, now):
     """The result [queries, D] with what step ``now``, the last of a turn, adds to it."""
     _, _, _, _, _, value_empty, _ = barriers
     STAGES: gl.constexpr = buffers[2].shape[0]
-    in_work = _issue_result(weights, result, buffers, barriers, now, unused_from, HAS_UNUSED)
+    in_work = _issue_result(weights, result, buffers, barriers, now)
     result, weights = warpgroup_mma_wait(0, deps=[in_work, weights])
     mbarrier.arrive(value_empty.index(now % STAGES), count=1)
     return result
@@ -217,8 +223,8 @@ def load_step(key_desc, value_desc, coordinates, buffers, barriers, now):
 
 
 @gluon.jit
-def load_means(descriptors, head, list_row, first_mean, buffers, barriers, now):
-    """Fetch the means from the ``first_mean`` on, and their weights, as step ``now``."""
+def load_means(descriptors, head, first_mean, list_row, first_weight, buffers, barriers, now):
+    """Fetch the means from the ``first_mean`` on, zeros before the first, and their weights, as step ``now``."""
     _, key_tiles, value_tiles, mean_weights = buffers
     _, _, key_full, key_empty, value_full, value_empty, _ = barriers
     _, _, _, key_desc, value_desc, weights_desc = descriptors
@@ -227,8 +233,8 @@ def load_means(descriptors, head, list_row, first_mean, buffers, barriers, now):
     phase = ((now // STAGES) & 1) ^ 1
     mbarrier.wait(key_empty.index(stage), phase)
     mbarrier.expect(key_full.index(stage), key_desc.block_type.nbytes + weights_desc.block_type.nbytes)
-    copy_to_shared(weights_desc, [list_row, first_mean], key_full.index(stage), mean_weights.index(stage))
-    copy_to_shared(key_desc, head + [first_mean, 0], key_full.index(stage), first_rows(key_tiles.index(stage), MEANS))
+    copy_to_shared(weights_desc, [list_row, first_weight], key_full.index(stage), mean_weights.index(stage))
+    copy_to_shared(key_desc, head + [first_mean, 0], key_full.index(stage), key_tiles.index(stage))
     mbarrier.wait(value_empty.index(stage), phase)
     mbarrier.expect(value_full.index(stage), value_desc.block_type.nbytes)
-    copy_to_shared(value_desc, head + [first_mean, 0], value_full.index(stage), first_rows(value_tiles.index(stage), MEANS))
+    copy_to_shared(value_desc, head + [first_mean, 0], value_full.index(stage), value_tiles.index(stage))

@@ -173,12 +173,12 @@ def await_noted(last_noted, last_noted_full):
 
 @gluon.jit
 def draw_retake(noted, shape, ranges_ptr, retakes_ptr, counts_ptr, HAS_RANGES: gl.constexpr):
-    """The next turn to be taken again and the length of its list, or -1 and 0; and what is left of the noted ones. A turn that
-    both warpgroups noted comes twice."""
+    """The next turn to be taken again and the length of its list, or -1 and 0; and what is left of the noted ones. A program's
+    turns rise in number and each warpgroup's come back latest first, so that one that both noted comes up in both at once."""
     first, second = noted
-    is_first = first >= 0
-    number = gl.where(is_first, first, second)
-    row = gl.where(is_first, 0, turns_of(shape))
-    before = gl.load(retakes_ptr + row + number, mask=number >= 0, other=_NO_TURN)
-    noted = (gl.where(is_first, before, first), gl.where(is_first, second, before))
+    number = gl.maximum(first, second)
+    turns = turns_of(shape)
+    before_first = gl.load(retakes_ptr + number, mask=(number >= 0) & (first == number), other=_NO_TURN)
+    before_second = gl.load(retakes_ptr + turns + number, mask=(number >= 0) & (second == number), other=_NO_TURN)
+    noted = (gl.where(first == number, before_first, first), gl.where(second == number, before_second, second))
     return number, _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES), noted

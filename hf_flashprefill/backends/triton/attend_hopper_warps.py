@@ -12,7 +12,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .attend_hopper_steps import MEANS, compute_step, first_step, last_product, load_means, load_step, partial_sums
+from .attend_hopper_steps import (
+    clear_values,
+    compute_step,
+    first_step,
+    last_product,
+    load_means,
+    load_step,
+    pack_pairs,
+)
 from .attend_hopper_turns import (
     BLOCK,
     announce,
@@ -28,6 +36,7 @@ from .attend_hopper_turns import (
     place_of,
 )
 from .hopper_primitives import copy_to_shared
+from .means import WIDTH
 from .primitives import LARGEST_TOTAL
 
 # Queries of a warpgroup.
@@ -36,12 +45,11 @@ LOG2_E = gl.constexpr(math.log2(math.e))
 
 
 @gluon.jit
-def _mean_steps(own, mean_blocks, HAS_MEANS: gl.constexpr):
-    """Steps of means of the query block with the key block ``own``. The first query block reads means that weigh nothing: every
-    turn ends with a step of means."""
+def _mean_steps(own, mean_blocks, STEP: gl.constexpr, HAS_MEANS: gl.constexpr):
+    """Steps of means of the query block with the key block ``own``: none for the first query block."""
     steps = own * 0
     if HAS_MEANS:
-        steps = gl.maximum(gl.cdiv(gl.cdiv(own, mean_blocks), MEANS), 1)
+        steps = gl.cdiv(gl.cdiv(own, mean_blocks), STEP)
     return steps
 
 
@@ -63,7 +71,7 @@ def _take_turns(
     buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2 = shared
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
-    output_ptr, ranges_ptr, _, retakes_ptr, _, _, spoiled_ptr, sinks_ptr = pointers
+    output_ptr, ranges_ptr, _, retakes_ptr, _, _, sinks_ptr = pointers
     stride_b, stride_h, stride_s = strides
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
@@ -72,17 +80,11 @@ def _take_turns(
     dtype: gl.constexpr = query_tiles.dtype
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    row_layout: gl.constexpr = gl.SliceLayout(1, logits_layout)
     result_row_layout: gl.constexpr = gl.SliceLayout(1, result_layout)
     store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    mean_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MEANS, 16])
-    mean_row_layout: gl.constexpr = gl.SliceLayout(1, mean_layout)
 
     zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
-    mean_zeros = gl.zeros([ROWS, MEANS], gl.float32, mean_layout)
     own_row = warpgroup * ROWS
-    sums_layout: gl.constexpr = partial_sums(zeros).type.layout
-    mean_sums_layout: gl.constexpr = partial_sums(mean_zeros).type.layout
     turn, done, noted = gl.to_tensor(turn), gl.to_tensor(done), gl.to_tensor(-1)
     # Before pass 1 one announcement was of no turn.
     number, listed = await_turn(announcements, turn_full, turn + PASS)
@@ -90,51 +92,48 @@ def _take_turns(
         place, block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
         own, key_end = block[0], span[3]
         keys_left = key_end - own * BLOCK
-        listed_steps = listed * PARTS
-        steps = listed_steps + _mean_steps(own, mean_blocks, HAS_MEANS)
+        listed_from = PARTS + _mean_steps(own, mean_blocks, STEP, HAS_MEANS)
+        steps = listed_from + (listed - 1) * PARTS
         buffer = turn % QUERY_STAGES * 2 + warpgroup
         mbarrier.wait(query_full.index(buffer), (turn // QUERY_STAGES) & 1)
         query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
         if QUERY_IN_REGISTERS:
             query = query.load(gl.DotOperandLayout(0, logits_layout, 2))
             mbarrier.arrive(query_empty.index(buffer), count=1)
+        if HAS_RANGES:
+            # The block may end in padding, and weight 0 times a NaN there would still be NaN.
+            for part in gl.static_range(PARTS):
+                clear_values(buffers, barriers, done + part, keys_left - part * STEP)
         weights, running_max, running_sum = first_step(
             query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout
         )
         result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
         # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
-        for step in range(1, PARTS):
+        for step in gl.static_range(1, PARTS):
             weights, result, running_max, running_sum = compute_step(
                 query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                step * STEP, own_row, keys_left - (step - 1) * STEP, scale_log2, "own", ONLINE, HAS_RANGES,
+                step * STEP, own_row, False, scale_log2, "own", ONLINE,
             )  # fmt: skip
-        for step in range(PARTS, listed_steps):
-            unused_from = gl.where(step == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
-            weights, result, running_max, running_sum = compute_step(
-                query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                0, 0, unused_from, scale_log2, "listed", ONLINE, HAS_RANGES,
-            )  # fmt: skip
-        unused_from = gl.where(listed_steps == PARTS, keys_left - (PARTS - 1) * STEP, STEP)
-        last_weights = weights
-        if HAS_MEANS:
-            is_spoiled = gl.load(spoiled_ptr) != 0
-            # One step at least, so that the shape of the last weights is known.
-            mean_max = gl.convert_layout(running_max, mean_row_layout)
-            mean_sum = gl.convert_layout(running_sum, mean_sums_layout)
-            last_weights, result, mean_max, mean_sum = compute_step(
-                query, weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + listed_steps,
-                listed_steps + 1 == steps, 0, 0, unused_from, scale_log2, "means", ONLINE, HAS_RANGES,
-            )  # fmt: skip
-            for step in range(listed_steps + 1, steps):
-                last_weights, result, mean_max, mean_sum = compute_step(
-                    query, last_weights, result, mean_max, mean_sum, mean_zeros, buffers, barriers, done + step,
-                    step + 1 == steps, 0, 0, MEANS, scale_log2, "means", ONLINE, False,
+        if HAS_MEANS and not ONLINE:
+            for step in range(PARTS, listed_from):
+                weights, result, running_max, running_sum = compute_step(
+                    query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
+                    step + 1 == steps, 0, 0, True, scale_log2, "means", ONLINE,
                 )  # fmt: skip
-            running_max = gl.convert_layout(mean_max, row_layout)
-            running_sum = gl.convert_layout(mean_sum, sums_layout)
-            # The last step's means may be of later blocks. Their weights are zero, but a value that is not finite is not.
-            in_last_step = gl.cdiv(own, mean_blocks) - (steps - listed_steps - 1) * MEANS
-            unused_from = gl.where(is_spoiled, in_last_step, MEANS)
+            weights = pack_pairs(weights)
+            for step in range(listed_from, steps):
+                weights, result, running_max, running_sum = compute_step(
+                    query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
+                    step + 1 == steps, 0, 0, False, scale_log2, "listed", ONLINE,
+                )  # fmt: skip
+        else:
+            # One loop for both: with two of them and a running maximum, results of 256 channels find no registers.
+            for step in range(PARTS, steps):
+                weights, result, running_max, running_sum = compute_step(
+                    query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
+                    step + 1 == steps, 0, 0, step < listed_from, scale_log2, "either" if HAS_MEANS else "listed", ONLINE,
+                )  # fmt: skip
+        result = last_product(weights, result, buffers, barriers, done + steps - 1)
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(buffer), count=1)
         done += steps
@@ -144,7 +143,6 @@ def _take_turns(
         batch, head, tile = place
         own, first_row = block
         start, query_begin, query_end, key_end = span
-        result = last_product(last_weights, result, buffers, barriers, done - 1, unused_from, HAS_RANGES or HAS_MEANS)
         total = gl.convert_layout(gl.sum(running_sum, 1), result_row_layout)
         if HAS_SINKS:
             sink = gl.load(sinks_ptr + head) * LOG2_E
@@ -188,8 +186,8 @@ def compute(
     turn, done, noted = _take_turns(
         warpgroup, shared, 0, 0, not MAY_RETAKE, 0, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS
     )
+    announce_noted(last_noted, last_noted_full, warpgroup, noted)
     if MAY_RETAKE:
-        announce_noted(last_noted, last_noted_full, warpgroup, noted)
         _take_turns(warpgroup, shared, turn, done, True, 1, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)
 
 
@@ -204,13 +202,13 @@ def _load_turns(
     HAS_RANGES: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
-    """What ``_take_turns`` computes with: of each turn the queries, then the listed keys and values, which are computed with in
-    the order they are loaded, then the means."""
+    """What ``_take_turns`` computes with: of each turn the queries, then keys and values in the order they are computed with,
+    which is the own block, the means, the other listed blocks."""
     buffers, barriers, announcements, descriptors, pointers, shape, width, mean_blocks = loaded
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
     query_desc, key_desc, value_desc, _, _, _ = descriptors
-    _, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, _, _ = pointers
+    _, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, _ = pointers
     heads, _, tiles, _, _, _, _ = shape
     STAGES: gl.constexpr = key_tiles.shape[0]
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
@@ -241,10 +239,21 @@ def _load_turns(
             coordinates = [batch, key_head, start + own * BLOCK + part * STEP, 0]
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + part)
         done += PARTS
+        mean_steps = _mean_steps(own, mean_blocks, STEP, HAS_MEANS)
+        if HAS_MEANS:
+            mean_set = gl.where(own > 0, (own + mean_blocks - 1) % mean_blocks, 0)
+            mean_head = [batch, mean_set + key_head * mean_blocks]
+            # The last step ends with the last mean that the query block reads, and with its weight.
+            means = gl.cdiv(own, mean_blocks)
+            last_weight = gl.cdiv(means, WIDTH) * WIDTH
+            for step in range(mean_steps):
+                back = (mean_steps - step) * STEP
+                load_means(descriptors, mean_head, means - back, list_row, last_weight - back, buffers, barriers, done + step)
+            done += mean_steps
         steps = (listed - 1) * PARTS
         first_entry, direction = direction_of(own, listed)
         list_ptr += first_entry
-        first_steps = gl.minimum(steps, STAGES - PARTS)
+        first_steps = gl.minimum(steps, gl.maximum(STAGES - PARTS - mean_steps, 0))
         for step in range(first_steps):
             block = gl.load(list_ptr + direction * (step // PARTS))
             coordinates = [batch, key_head, start + block * BLOCK + step % PARTS * STEP, 0]
@@ -259,13 +268,6 @@ def _load_turns(
             coordinates = [batch, key_head, start + block * BLOCK + step % PARTS * STEP, 0]
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
         done += steps
-        if HAS_MEANS:
-            mean_set = gl.where(own > 0, (own + mean_blocks - 1) % mean_blocks, 0)
-            mean_head = [batch, mean_set + key_head * mean_blocks]
-            mean_steps = _mean_steps(own, mean_blocks, HAS_MEANS)
-            for step in range(mean_steps):
-                load_means(descriptors, mean_head, list_row, step * MEANS, buffers, barriers, done + step)
-            done += mean_steps
         turn += 1
     announce(announcements, turn_full, turn + PASS, number, listed)
     return turn, done
@@ -283,6 +285,6 @@ def load(
 ):
     """The loading warp."""
     turn, done = _load_turns(loaded, (-1, -1), 0, 0, 0, GROUP, HAS_RANGES, HAS_MEANS)
+    noted = await_noted(last_noted, last_noted_full)
     if MAY_RETAKE:
-        noted = await_noted(last_noted, last_noted_full)
         _load_turns(loaded, noted, turn, done, 1, GROUP, HAS_RANGES, HAS_MEANS)

@@ -27,27 +27,6 @@ def describe_rows(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), shared_layout(block, tensor.dtype))
 
 
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def _as_shape(tile, shape: gl.constexpr):
-        return tile.reinterpret(tile.dtype, shape, tile.layout)
-
-else:
-
-    @gluon.jit
-    def _as_shape(tile, shape: gl.constexpr):
-        return tile._reinterpret(tile.dtype, shape, tile.layout)
-
-
-@gluon.jit
-def first_rows(tile, ROWS: gl.constexpr):
-    """The first part of the memory of a tile [1, 1, rows, D], a whole number of times as long, as a tile [1, 1, ROWS, D]."""
-    # As a row of such tiles: Triton 3.8 refuses a shape that does not fill the memory, 3.6 and 3.9 take it.
-    shape: gl.constexpr = [tile.shape[2] // ROWS, 1, 1, ROWS, tile.shape[3]]
-    return _as_shape(tile, shape).index(0)
-
-
 @gluon.jit
 def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: gl.constexpr):
     """(start, query_begin, query_end, key_end) of one batch row, as geometry.RowSpan defines them."""

@@ -16,20 +16,17 @@ import triton.language as tl
 from ...block_index import BlockIndex
 from .primitives import launch_context
 
-# Means whose weights one program finds at once. The width of a list's weights is a multiple of it, so that whatever looks up
-# as many stays within them.
-WIDTH = 128
+# Means whose weights one program finds at once. The weights of a list end at a multiple of it.
+WIDTH = tl.constexpr(128)
 # Numbers of means per program.
 TILE = 4096
 
 
 class RunMeans(NamedTuple):
-    """Means of runs of blocks, of keys and of values [B, Hkv, n, ceil(N / n), D], and whether any of the values' is not finite,
-    int32 [1]: then an attend kernel must not even multiply what it does not read."""
+    """Means of runs of blocks, of keys and of values [B, Hkv, n, ceil(N / n), D]."""
 
     key: torch.Tensor
     value: torch.Tensor
-    spoiled: torch.Tensor
 
 
 @triton.jit(do_not_specialize=["blocks", "rows", "mean_blocks"])
@@ -37,7 +34,6 @@ def _run_means_kernel(
     keys_ptr,
     values_ptr,
     output_ptr,
-    spoiled_ptr,
     blocks,
     rows,
     mean_blocks,
@@ -61,9 +57,6 @@ def _run_means_kernel(
         source = (head * blocks + block)[:, None] * HEAD_DIM + channels[None, :]
         total += tl.load(source_ptr + source, mask=is_block[:, None] & in_head, other=0.0).to(tl.float32)
     mean = tl.where((last < blocks)[:, None], total / tl.minimum(last + 1, mean_blocks)[:, None], 0.0)
-    is_spoiled = tl.max(tl.where(tl.abs(mean) < float("inf"), 0, 1))
-    if is_value * is_spoiled > 0:
-        tl.store(spoiled_ptr, 1)
     row = (tl.num_programs(1) * is_value + head) * mean_blocks + last % mean_blocks
     target = output_ptr + (row * rows + last // mean_blocks)[:, None] * HEAD_DIM + channels[None, :]
     tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < rows * mean_blocks)[:, None] & in_head)
@@ -74,7 +67,6 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
     batch, heads, blocks, head_dim = key_means.shape
     rows = triton.cdiv(blocks, mean_blocks)
     output = key_means.new_empty(2, batch, heads, mean_blocks, rows, head_dim)
-    spoiled = torch.zeros(1, dtype=torch.int32, device=key_means.device)
     block_d = triton.next_power_of_2(head_dim)
     runs = TILE // block_d
     with launch_context(key_means):
@@ -82,7 +74,6 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
             key_means,
             value_means,
             output,
-            spoiled,
             blocks,
             rows,
             mean_blocks,
@@ -92,7 +83,7 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return RunMeans(output[0], output[1], spoiled)
+    return RunMeans(output[0], output[1])
 
 
 @triton.jit
@@ -107,12 +98,16 @@ def _listed_before(list_ptr, count, steps, block):
     return found
 
 
+@triton.jit
+def first_weight(own, mean_blocks):
+    """Where in the weights of a query block with the key block ``own`` that of the first mean stands."""
+    means = tl.cdiv(own, mean_blocks)
+    return tl.cdiv(means, WIDTH) * WIDTH - means
+
+
 @triton.jit(do_not_specialize=["list_width", "width", "mean_blocks"])
-def _weigh_means_kernel(
-    indices_ptr, counts_ptr, weights_ptr, list_width, width, mean_blocks, LOG2_BLOCK: tl.constexpr, WIDTH: tl.constexpr
-):
-    """One program: the weights of one list. An empty list's are not written, nor those behind the last tile in use; of the
-    first query block, which reads no mean, that is the first."""
+def _weigh_means_kernel(indices_ptr, counts_ptr, weights_ptr, list_width, width, mean_blocks, LOG2_BLOCK: tl.constexpr):
+    """One program: the weights of one list. An empty list's are not written, nor what is behind the last."""
     list_row = tl.program_id(0).to(tl.int64)
     indices_ptr += list_row * list_width
     count = tl.load(counts_ptr + list_row)
@@ -122,23 +117,27 @@ def _weigh_means_kernel(
         while (1 << steps) <= count:
             steps += 1
         mean_set = (own + mean_blocks - 1) % mean_blocks
-        for first in range(0, tl.maximum(tl.cdiv(own, mean_blocks), 1), WIDTH):
-            run = first + tl.arange(0, WIDTH)
-            # Blocks ``begin`` to ``end`` - 1, as far as there are any before the query block's own.
+        unused = first_weight(own, mean_blocks)
+        for first in range(0, tl.cdiv(own, mean_blocks), WIDTH):
+            column = first + tl.arange(0, WIDTH)
+            run = column - unused
+            # Blocks ``begin`` to ``end`` - 1; the last run ends before the query block's own.
             end = run * mean_blocks + mean_set + 1
             begin = tl.maximum(end - mean_blocks, 0)
             kept = _listed_before(indices_ptr, count, steps, end) - _listed_before(indices_ptr, count, steps, begin)
-            dropped = tl.where(end <= own, end - begin - kept, 0)
+            dropped = tl.where(run >= 0, end - begin - kept, 0)
             log2_tokens = tl.log2(tl.maximum(dropped, 1).to(tl.float32)) + LOG2_BLOCK
-            tl.store(weights_ptr + list_row * width + run, tl.where(dropped > 0, log2_tokens, float("-inf")))
+            tl.store(weights_ptr + list_row * width + column, tl.where(dropped > 0, log2_tokens, float("-inf")))
 
 
 def weigh_means(index: BlockIndex, mean_blocks: int) -> torch.Tensor:
     """log2 of how many dropped tokens each mean that a query block reads stands for, float32 [B, Hq, T, W]; -inf for none.
 
-    Means after those that the query block reads have -inf up to a multiple of WIDTH, then nothing that means anything.
+    They begin at ``first_weight``, behind -inf, so that they end at a multiple of WIDTH, and what is behind that means nothing:
+    an attend kernel that reads means and their weights in equal steps up to the last one has none of a later block among them,
+    whose value must not be multiplied even by nothing if it is not finite.
     """
-    width = triton.cdiv(triton.cdiv(index.geometry.key_blocks, mean_blocks), WIDTH) * WIDTH
+    width = triton.cdiv(triton.cdiv(index.geometry.key_blocks, mean_blocks), WIDTH.value) * WIDTH.value
     weights = torch.empty(*index.counts.shape, width, dtype=torch.float32, device=index.counts.device)
     with launch_context(weights):
         _weigh_means_kernel[(index.counts.numel(),)](
@@ -149,7 +148,6 @@ def weigh_means(index: BlockIndex, mean_blocks: int) -> torch.Tensor:
             width,
             mean_blocks,
             LOG2_BLOCK=index.geometry.block_size.bit_length() - 1,
-            WIDTH=WIDTH,
             num_warps=1,
             enable_fp_fusion=True,
         )

@@ -1,0 +1,42 @@
+"""The same calls again and again, to be run by several processes at once: python -m tests.repeated_calls 8
+
+Prints a JSON line per call: how often it ran in so many seconds, and how often its bits were not those of the first run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+
+from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+from tests.inputs import Case
+
+# Lists in full and short ones, float16, which has no second pass that could make good for wrong numbers, and bfloat16.
+CALLS = [
+    (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.float16), 0.0),
+    (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.bfloat16), 0.1),
+    (Case(1, 16, 2, 6000, 19_000, 64, dtype=torch.float16), 0.1),
+    (Case(1, 8, 2, 3000, 9000, 256, dtype=torch.float16), 0.1),
+]
+
+
+def main(seconds: float) -> None:
+    for case, alpha in CALLS:
+        torch.manual_seed(0)
+        query, key, value, _ = case.tensors(torch.device("cuda"))
+        config = FlashPrefillConfig(alpha=alpha, dense_tail_blocks=0, backend="triton")
+        first = flash_prefill_attention(query, key, value, config=config)
+        runs = changed = 0
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            again = flash_prefill_attention(query, key, value, config=config)
+            runs += 1
+            changed += not torch.equal(again, first)
+        print(json.dumps({"case": str(case), "runs": runs, "changed": changed}), flush=True)
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))
