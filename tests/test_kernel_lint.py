@@ -47,7 +47,7 @@ def test_kernels_compile_clean(capability):
     # A process of its own: here, kernels may belong to the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.compile_kernels", str(capability)]
-    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert answer.returncode == 0, answer.stderr
     verdicts = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
     expected = {
