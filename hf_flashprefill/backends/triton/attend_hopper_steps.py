@@ -30,7 +30,9 @@ def partial_sums(weights):
 
 @gluon.jit
 def pack_pairs(weights):
-    """The same 16-bit weights, each pair of them in one register from here on."""
+    """The same 16-bit weights, each pair of them in one register from here on: those that reach a loop from another loop the
+    compiler would take apart and put together in every step. H200, head_dim 128, every block of 16K tokens listed: the loop of
+    the means before that of the list then cost 9.8 % on top of the attention, with this 0.8 %."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weights], dtype=weights.dtype, is_pure=True, pack=2)
 
 
@@ -188,6 +190,7 @@ def compute_step(
     # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
     mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
     result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])
+    # Only now, when the registers of the old weights are free; earlier, the new ones would be moved there.
     next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights_layout)
     mbarrier.arrive(value_empty.index((now - 1) % STAGES), count=1)
     if IS_RISING:
