@@ -271,19 +271,19 @@ def _late_exponentials(listing: str) -> int:
 
 
 def _repacked_pairs(listing: str) -> int:
-    """Instructions in such a loop that take pairs of 16-bit numbers apart or put them together, or move registers; the most of
-    any of them.
+    """Instructions in these loops that take pairs of 16-bit numbers apart or put them together, or move registers; the most of
+    any.
 
     Weights that came to the list's loop from that of the means were unpacked and packed anew in every step, by 64 instructions
     beside 321: with every block of 16K tokens listed means added 10 % to the attention, without these 1 % (H200, head dim 128).
     """
     loops = ["\n".join(body) for body in _matrix_loops(listing)]
-    return max((len(re.findall(r"\b(?:PRMT|MOV|IMAD\.MOV)\b", body)) for body in loops if "FMNMX" not in body), default=0)
+    return max((len(re.findall(r"\b(?:PRMT|MOV|IMAD\.MOV)\b", body)) for body in loops), default=0)
 
 
 def _barriers_span(ptx: str) -> int:
-    """Bytes of shared memory between a program's first barrier and its last. One that the compiler takes for unused lies among
-    other things, whose memory it shares."""
+    """Bytes of shared memory between a program's first barrier and its last. One that the compiler takes for unused has been
+    found among the results, whose memory it shared; one that shared the memory of something small would not be seen."""
     offsets = {name: int(offset) for name, offset in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
     barriers = [offsets.get(name) for name in re.findall(r"mbarrier\.init\S*\s+\[(%r\d+)\]", ptx)]
     if None in barriers:

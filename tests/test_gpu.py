@@ -229,7 +229,7 @@ def test_the_time_of_a_queued_run_is_the_gpus_own():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 def test_a_bad_value_of_a_later_block_reaches_no_mean_before_it(bad, dtype):
-    """Of the runs of blocks that one step loads, a query block's last may be followed by those of later blocks."""
+    """The last run of blocks that a query block reads has later ones behind it."""
     query, key, value, _ = Case(1, 8, 2, 3000, 3000, 128, dtype=dtype).tensors(torch.device("cuda"))
     config = FlashPrefillConfig(alpha=1.0, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton")
     expected = flash_prefill_attention(query, key, value, config=config)

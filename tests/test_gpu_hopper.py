@@ -145,7 +145,8 @@ def test_both_attention_kernels_agree_whoever_takes_which_turn(shape, keeps, ter
         sinks[:4] = torch.tensor([-torch.inf, 300.0, torch.inf, torch.nan], device="cuda")[: shape.heads]
     if "means" in terms:
         pools = pool_keys_and_values(key, value, geometry, 4)
-        means = run_means(pools.key_blocks, pools.value_blocks, 2)
+        # Of the longest shapes more means than one step or one tile of their weights holds.
+        means = run_means(pools.key_blocks, pools.value_blocks, 1 if shape.kv_len > 16_500 else 2)
     outputs = []
     for kernel in (attend, attend_hopper, attend_hopper):
         outputs.append(torch.full_like(query, torch.nan))
@@ -248,7 +249,11 @@ def test_processes_that_share_the_gpu_leave_results_alone():
     command = [sys.executable, "-m", "tests.repeated_calls", "5"]
     folder = Path(__file__).parent.parent
     running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    answers = [[json.loads(line) for line in process.communicate(timeout=300)[0].splitlines()] for process in running]
+    try:
+        answers = [[json.loads(line) for line in process.communicate(timeout=300)[0].splitlines()] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert all(process.returncode == 0 for process in running)
     for answer in answers:
         assert len(answer) == 4

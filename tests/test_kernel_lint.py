@@ -80,7 +80,12 @@ def test_kernels_compile_clean(capability):
             assert verdict["repacked_pairs"] <= 8, verdict
         if verdict["kernel"].startswith("attend"):
             # A loop that takes no maxima runs over the list, but float16 does not hold weights relative to the own block alone.
-            assert (verdict["loops_without_maxima"] > 0) == (verdict["kernel"] != "attend_hopper float16"), verdict
+            # Each of the two warpgroups has such a loop of its own, with means two.
+            fewest = {"attend_hopper": 2, "attend_hopper means": 4, "attend_hopper sinks": 4, "attend_hopper float16": 0}
+            found = verdict["loops_without_maxima"]
+            least = fewest.get(verdict["kernel"], 1)
+            assert found >= least, verdict
+            assert (found == 0) == (least == 0), verdict
         assert verdict["warnings"] == [], verdict
         # Barriers stand together; results, whose memory is the first to be given to others, take kilobytes.
         assert verdict["barriers_span"] <= 512, verdict

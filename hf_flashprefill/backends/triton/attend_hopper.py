@@ -17,7 +17,7 @@ densities).
 
 The means of dropped blocks come right after the own block, in steps as long as the list's, so that the list's first step runs
 beside the last of them. They add 4.6 % to the attention at 64K tokens and 3.7 % at 128K; at the end of a turn, in steps of half
-the length, they added 8.3 and 9.0 % in the same process (H200, head_dim 128, published densities).
+the length, they added 8.3 and 8.9 % in the same process (H200, head_dim 128, published densities).
 
 Against a program per query block and up to four heads, which multiplied its next head's first tile beside its last head's
 last, a variant of this one took .96 of the time at 16K tokens, .99 at 32K (with means) and 64K and .95 at 128K (H100, 32 query
