@@ -40,7 +40,7 @@ def test_runs(name, monkeypatch):
     # Progress bars of loading weights would be the largest output.
     monkeypatch.setenv("TQDM_DISABLE", "1")
     notebook = nbformat.read(FOLDER / name, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES[name]
     assert all(len(output["data"]["image/png"]) < 700_000 for output in outputs if "image/png" in output.get("data", {}))
