@@ -22,7 +22,7 @@ MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, el
 
 
 @gluon.jit
-def partial_sums(weights):
+def _partial_sums(weights):
     """[queries, keys] -> [queries, 8], what each thread can add up of its own; a sum per step would cost the threads of a query
     two exchanges."""
     return gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // 8, 8]), 1)
@@ -44,7 +44,7 @@ def _online_step(logits, running_max, running_sum, scale_log2):
     weights = gl.exp2(logits * scale_log2 - new_max[:, None])
     rescale = gl.exp2(running_max - new_max)
     of_sums = gl.convert_layout(rescale, gl.SliceLayout(1, running_sum.type.layout))
-    return weights, new_max, running_sum * of_sums[:, None] + partial_sums(weights), rescale
+    return weights, new_max, running_sum * of_sums[:, None] + _partial_sums(weights), rescale
 
 
 @gluon.jit
@@ -121,7 +121,7 @@ def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     logits = _causal(logits, own_row, 0, layout)
     no_max = gl.full([QUERIES], -1e30, gl.float32, row_layout)
-    no_sum = partial_sums(gl.zeros_like(logits))
+    no_sum = _partial_sums(gl.zeros_like(logits))
     weights, running_max, running_sum, _ = _online_step(logits, no_max, no_sum, scale_log2)
     weights = gl.convert_layout(weights.to(key_tiles.dtype), gl.DotOperandLayout(0, result_layout, 2))
     return weights, running_max, running_sum
@@ -186,7 +186,7 @@ def compute_step(
         next_weights, running_max, running_sum, rescale = _online_step(logits, running_max, running_sum, scale_log2)
     else:
         next_weights = gl.exp2(logits * scale_log2 - running_max[:, None])
-        running_sum += partial_sums(next_weights)
+        running_sum += _partial_sums(next_weights)
     # A wait of its own basic block: without it ptxas moves the product's wait in front of the exponentials.
     mbarrier.wait(key_full.index((now + 1) % STAGES), ((now + 1) // STAGES) & 1, pred=is_last == 0)
     result, weights = warpgroup_mma_wait(0, deps=[result_in_work, weights])

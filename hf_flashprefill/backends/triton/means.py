@@ -100,7 +100,7 @@ def _listed_before(list_ptr, count, steps, block):
 
 @triton.jit
 def first_weight(own, mean_blocks):
-    """Where in the weights of a query block with the key block ``own`` that of the first mean stands."""
+    """Where in the weights of a query block with the key block ``own`` that of the first mean stands, 0 to WIDTH - 1."""
     means = tl.cdiv(own, mean_blocks)
     return tl.cdiv(means, WIDTH) * WIDTH - means
 
