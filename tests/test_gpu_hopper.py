@@ -244,8 +244,8 @@ def _logits_above_the_own_block(query, key, index, scale):
 
 
 def test_processes_that_share_the_gpu_leave_results_alone():
-    """A GPU puts a program's memory aside when another process has its turn. In one call of five, the float16 kernel's came back
-    with the state of an unused barrier among results."""
+    """A GPU puts a program's memory aside when another process has its turn. In one call of five, the float16 kernel's came
+    back with the state of an unused barrier among results."""
     command = [sys.executable, "-m", "tests.repeated_calls", "5"]
     folder = Path(__file__).parent.parent
     running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) for _ in range(4)]
