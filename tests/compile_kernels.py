@@ -291,10 +291,28 @@ def _barriers_span(ptx: str) -> int:
     return max(barriers) - min(barriers) if barriers else 0
 
 
+def _unfenced_loads(listing: str) -> int:
+    """Releases of buffers to the copy engine, in the order of the code, after loads from shared memory and no fence.
+
+    Loads are two or more, of more than four bytes a thread each, as all of the copy engine's data are read, and no barrier is
+    asked between them and the release, as is after those of results on their way out.
+    """
+    unfenced = loads = 0
+    for line in listing.splitlines():
+        if re.search(r"\b(LDSM|LDS\.(64|128))\b", line):
+            loads += 1
+        elif "FENCE.VIEW.ASYNC" in line or "SYNCS.PHASECHK" in line:
+            loads = 0
+        elif "SYNCS.ARRIVE.TRANS64.A1T0" in line:
+            unfenced += loads > 1
+            loads = 0
+    return unfenced
+
+
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
     """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, pairs of numbers that
-    loops pack anew, bytes over which barriers are spread, ptxas's warnings about serialised matrix products (C75xx), and
-    16-byte loads and stores."""
+    loops pack anew, bytes over which barriers are spread, releases after loads without a fence, ptxas's warnings about
+    serialised matrix products (C75xx), and 16-byte loads and stores."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -311,6 +329,7 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         "loops_without_maxima": _loops_without_maxima(listing),
         "repacked_pairs": _repacked_pairs(listing),
         "barriers_span": _barriers_span(kernel.asm["ptx"]),
+        "unfenced_loads": _unfenced_loads(listing),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),

@@ -93,6 +93,8 @@ def test_kernels_compile_clean(capability):
         assert verdict["warnings"] == [], verdict
         # Barriers stand together; results, whose memory is the first to be given to others, take kilobytes.
         assert verdict["barriers_span"] <= 512, verdict
+        # Loads of what the copy engine has written are not ordered with what it writes next: wrong rows in 1 % of some calls.
+        assert verdict["unfenced_loads"] == 0, verdict
         # What a program can have: 227 KB on Hopper, 99 KB on the others' smallest cards.
         assert verdict["shared_memory"] <= (232448 if capability == 90 else 101376), verdict
         if verdict["kernel"] == "gather":

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_primitives import copy_to_shared
+from .hopper_primitives import copy_to_shared, finish_loads
 
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 
@@ -169,12 +169,15 @@ def compute_step(
     if KIND == "means":
         log2_tokens = mean_weights.load(gl.SliceLayout(0, logits_layout))
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
+    # The weights of means must have been read before the keys are released: the next ones come with the next keys.
+    if KIND == "means":
+        finish_loads()
     if KIND == "either":
         logits = logits * scale_log2
+        scale_log2 = 1.0
         if are_means:
             logits = _weighed(logits, mean_weights.load(gl.SliceLayout(0, logits_layout)))
-        scale_log2 = 1.0
-    # The weights of means must have been read by now: the next ones come with the next keys.
+            finish_loads()
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     if KIND == "own":
         logits = _causal(logits, limit, first, logits_layout)

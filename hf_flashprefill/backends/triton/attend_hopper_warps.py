@@ -35,7 +35,7 @@ from .attend_hopper_turns import (
     number_of,
     place_of,
 )
-from .hopper_primitives import copy_to_shared
+from .hopper_primitives import copy_to_shared, finish_loads
 from .means import WIDTH
 from .primitives import LARGEST_TOTAL
 
@@ -99,14 +99,15 @@ def _take_turns(
         query = query_tiles.index(buffer).reshape([ROWS, HEAD_DIM])
         if QUERY_IN_REGISTERS:
             query = query.load(gl.DotOperandLayout(0, logits_layout, 2))
+            finish_loads()
             mbarrier.arrive(query_empty.index(buffer), count=1)
+        weights, running_max, running_sum = first_step(
+            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout
+        )
         if HAS_RANGES:
             # The block may end in padding, and weight 0 times a NaN there would still be NaN.
             for part in gl.static_range(PARTS):
                 clear_values(buffers, barriers, done + part, keys_left - part * STEP)
-        weights, running_max, running_sum = first_step(
-            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout
-        )
         result = gl.zeros([ROWS, HEAD_DIM], gl.float32, result_layout)
         # The own block's other part, where a block takes two steps; only the own block needs the causal mask.
         for step in gl.static_range(1, PARTS):
@@ -133,9 +134,9 @@ def _take_turns(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
                     step + 1 == steps, 0, 0, step < listed_from, scale_log2, "either" if HAS_MEANS else "listed", ONLINE,
                 )  # fmt: skip
-        result = last_product(weights, result, buffers, barriers, done + steps - 1)
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(buffer), count=1)
+        result = last_product(weights, result, buffers, barriers, done + steps - 1)
         done += steps
         # Asked anew, so that the steps have the registers.
         number = number_of(announcements, turn + PASS)
