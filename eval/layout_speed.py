@@ -12,7 +12,7 @@ Per length L and imposed density, the whole operator (pool, select, attend) is t
 
 ``overhead`` is the time over that of the same work less 1. Every figure is a median, all measured in turns, of a GPU that has
 work waiting, as in a model's prefill. The density is imposed by a wide local window, with no query block in full but in
-``chunked_tails``.
+``chunked_tails``. ``--kernels`` also says which kernels of the whole prompt at once and in chunks the time goes to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from eval import common, recording
+from eval import common, profiling, recording
 from eval.operator_speed import (
     KERNEL_SELECTORS,
     Tensors,
@@ -43,6 +43,9 @@ from eval.ttft import config_for_density
 from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, medians_ms
 from hf_flashprefill.functional import resolve_backend
+
+# Layouts that ``--kernels`` looks into.
+PROFILED = ("one", "chunked")
 
 
 def cut(tensors: Tensors, rows: slice, query: slice, keys: slice) -> Tensors:
@@ -105,7 +108,10 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
         expected = sum(times[other]["median_ms"] for other in same_work) + attend_ms * more_blocks / blocks["one"]
         overhead = times[name]["median_ms"] / expected - 1 if same_work else None
         row = {"length": length, "density": density, "layout": name, "blocks": blocks[name]}
-        rows.append({**row, **times[name], "overhead": overhead})
+        row |= {**times[name], "overhead": overhead}
+        if args.kernels and name in PROFILED:
+            row["kernels"] = profiling.kernel_times(runs[name], args.device)
+        rows.append(row)
     return rows
 
 
@@ -118,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
     add_tensor_arguments(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
+    parser.add_argument("--kernels", action="store_true", help="profile the whole prompt at once and in chunks, too")
     parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
     parser.add_argument("--output", type=Path, help="JSON file (default: results/layouts-DATE-DEVICE.json)")
     return parser
@@ -142,6 +149,10 @@ def report(result: Result, output: Path) -> None:
         for row in result.rows
     ]
     print(common.format_table(["tokens", "layout", "density", "blocks", "ms", "against the same work"], cells))
+    for length in dict.fromkeys(row["length"] for row in result.rows):
+        profiles = {row["layout"]: row["kernels"] for row in result.rows if row["length"] == length and "kernels" in row}
+        if profiles:
+            print(f"\n{length} tokens:\n{profiling.kernel_table(profiles)}")
     print(f"wrote {output}")
     overheads = [row for row in result.rows if row["overhead"] is not None]
     print(json.dumps([{k: row[k] for k in ("length", "layout", "overhead")} for row in overheads]))

@@ -9,7 +9,8 @@ of attention is the difference, and unpatched over free is the most that any spa
 Random weights attend to everything alike, so a threshold says nothing about them. ``--density`` therefore imposes a density:
 alpha is 1, which keeps next to nothing by score, and the local window is widened until the density is the one asked for.
 The probe runs in full all the same. The first call at a length is reported apart from the others: it compiles what no earlier
-length of this process has compiled, so the first length after an interruption has a slow one.
+length of this process has compiled, so the first length after an interruption has a slow one. ``--kernels`` also says which
+kernels the time goes to, patched and with free attention.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from eval import common, recording
+from eval import common, profiling, recording
 from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
@@ -119,8 +121,9 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"first_call_s": seconds[0], "median_s": statistics.median(later), "min_s": min(later), "max_s": max(later)}
 
 
-def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, repeats: int) -> dict:
-    """First call and median of the later ones: unpatched, patched and with free attention, in turn."""
+def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, repeats: int, with_kernels: bool = False) -> dict:
+    """First call and median of the later ones: unpatched, patched and with free attention, in turn. Kernels are those of one
+    more call."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator).to(model.device)
     times: dict[str, list[float]] = {"unpatched": [], "patched": [], "free_attention": []}
@@ -138,6 +141,12 @@ def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, rep
     row["speedup"] = row["unpatched"]["median_s"] / row["patched"]["median_s"]
     row["ceiling"] = row["unpatched"]["median_s"] / rest
     row["attention_s"] = {state: row[state]["median_s"] - rest for state in ("unpatched", "patched")}
+    if with_kernels:
+        row["kernels"] = {}
+        for name, state in (("patched", patched(model, config=config)), ("free_attention", free_attention(model))):
+            with state:
+                call = partial(first_token_seconds, model, ids)
+                row["kernels"][name] = profiling.kernel_times(call, model.device, runs=1)
     return row
 
 
@@ -149,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
     parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first (default: %(default)s)")
+    parser.add_argument("--kernels", action="store_true", help="profile one more call, patched and with free attention")
     parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
     parser.add_argument("--output", type=Path, default=Path("results/ttft.json"), help="JSON file (default: %(default)s)")
     return parser
@@ -187,6 +197,9 @@ def report(result: Result, output: Path) -> None:
         for row in result.rows
     ]
     print(common.format_table(header, cells))
+    for row in result.rows:
+        if "kernels" in row:
+            print(f"\n{row['length']} tokens:\n{profiling.kernel_table(row['kernels'])}")
     print(f"wrote {output}")
     print(json.dumps({str(row["length"]): round(row["speedup"], 3) for row in result.rows}))
 
@@ -205,7 +218,7 @@ def main(argv: list[str]) -> int:
     def work(i: int) -> list[dict]:
         length, density = tasks[i]
         config = base if density is None else config_for_density(base, length, density)
-        return [measure(model, length, config, args.repeats)]
+        return [measure(model, length, config, args.repeats, args.kernels)]
 
     run = recording.model_run("ttft", args, args.shape or args.model, model, base)
     names = [f"{i}/{length}" for i, (length, _) in enumerate(tasks)]

@@ -109,6 +109,24 @@ def test_layouts_do_the_same_work(monkeypatch, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0] == {"length": 2048, "layout": "batch", "overhead": -0.5}
 
 
+def test_kernels_of_layouts(tmp_path, capsys):
+    """On a CPU torch's operators: attention runs at least as often in four chunks as at once, and nothing else is profiled."""
+    path = tmp_path / "layouts.json"
+    options = ["--lengths", "1024", "--chunk", "256", "--seconds", "0.01", "--device", "cpu", "--output", str(path)]
+    assert layout_speed.main([*options, "--kernels"]) == 0
+    rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
+    assert [name for name, row in rows.items() if "kernels" in row] == ["one", "chunked"]
+    one, chunked = ({kernel["kernel"]: kernel for kernel in rows[name]["kernels"]} for name in ("one", "chunked"))
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert chunked[attention]["launches"] >= one[attention]["launches"] >= 1
+    for kernels in (one, chunked):
+        times = [kernel["ms"] for kernel in kernels.values()]
+        assert times == sorted(times, reverse=True)
+        assert times[0] > 0
+    together = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("together"))
+    assert float(together.split()[2]) == pytest.approx(sum(kernel["ms"] for kernel in one.values()), abs=1e-3)
+
+
 @pytest.mark.parametrize("arguments", [["--chunk", "100"], ["--density", "0"], ["--lengths", "8"], ["--kv-heads", "3"]])
 def test_layouts_refuse(arguments):
     with pytest.raises(common.UsageError, match=arguments[0]):
@@ -126,9 +144,8 @@ def test_imposed_densities_are_met(density):
 
 def test_ttft_counts_and_compares(tmp_path):
     path = tmp_path / "ttft.json"
-    assert (
-        ttft.main(["--lengths", "300", "--repeats", "2", "--min-seq-len", "1", "--device", "cpu", "--output", str(path)]) == 0
-    )
+    options = ["--lengths", "300", "--repeats", "2", "--min-seq-len", "1", "--device", "cpu", "--kernels"]
+    assert ttft.main([*options, "--output", str(path)]) == 0
     row = json.loads(path.read_text())["rows"][0]
     assert row["dense_calls"] == {}
     assert row["density"] > 0
@@ -137,6 +154,10 @@ def test_ttft_counts_and_compares(tmp_path):
     assert row["ceiling"] == pytest.approx(row["unpatched"]["median_s"] / row["free_attention"]["median_s"])
     for state in ("unpatched", "patched"):
         assert row["attention_s"][state] == pytest.approx(row[state]["median_s"] - row["free_attention"]["median_s"])
+    kernels = {state: {kernel["kernel"] for kernel in found} for state, found in row["kernels"].items()}
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert attention in kernels["patched"] - kernels["free_attention"]
+    assert "aten::mm" in kernels["patched"] & kernels["free_attention"]
 
 
 REFUSED = [["--density", "2"], ["--density", "published", "--lengths", "1000"], ["--repeats", "0"]]
