@@ -10,8 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from eval import common
 
-# Kernels of a table; the others are added up.
+# Kernels of a table; the others are added up. Names of templates can be a page long.
 SHOWN = 12
+NAME_WIDTH = 60
 
 
 def kernel_times(run: Callable[[], object], device: torch.device, runs: int = 5) -> list[dict]:
@@ -47,7 +48,8 @@ def kernel_table(times: dict[str, list[dict]]) -> str:
         rows = [by_run[name][kernel] for kernel in chosen if kernel in by_run[name]]
         return [f"{sum(row['launches'] for row in rows):.0f}", f"{sum(row['ms'] for row in rows):.3f}"] if rows else ["", ""]
 
-    groups = [(kernel, [kernel]) for kernel in kernels[:SHOWN]] + [("others", kernels[SHOWN:]), ("together", kernels)]
+    groups = [(kernel[:NAME_WIDTH], [kernel]) for kernel in kernels[:SHOWN]]
+    groups += [("others", kernels[SHOWN:]), ("together", kernels)]
     header = ["kernel", *(f"{name} {what}" for name in times for what in ("launches", "ms"))]
     return common.format_table(header, [[label, *sum((cells(n, chosen) for n in times), [])] for label, chosen in groups])
 

@@ -17,21 +17,24 @@ from tests.inputs import Case
 # Lists in full, short ones, and those of the own block alone, whose turns are the shortest; float16, which has no second pass
 # that could make good for wrong numbers, and bfloat16.
 CALLS = [
-    (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.float16), 0.0),
-    (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.bfloat16), 0.1),
-    (Case(1, 16, 2, 6000, 19_000, 64, dtype=torch.float16), 0.1),
-    (Case(1, 8, 2, 3000, 9000, 256, dtype=torch.float16), 0.1),
-    (Case(1, 16, 2, 9000, 9000, 64, dtype=torch.bfloat16), 1.0),
-    (Case(1, 28, 4, 9000, 9000, 128, dtype=torch.bfloat16), 1.0),
-    (Case(1, 16, 2, 9000, 9000, 256, dtype=torch.bfloat16), 1.0),
+    (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.float16), "blend", 0.0),
+    (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.bfloat16), "blend", 0.1),
+    (Case(1, 16, 2, 6000, 19_000, 64, dtype=torch.float16), "blend", 0.1),
+    (Case(1, 8, 2, 3000, 9000, 256, dtype=torch.float16), "blend", 0.1),
+    (Case(1, 16, 2, 9000, 9000, 64, dtype=torch.bfloat16), "blend", 1.0),
+    (Case(1, 28, 4, 9000, 9000, 128, dtype=torch.bfloat16), "blend", 1.0),
+    (Case(1, 16, 2, 9000, 9000, 256, dtype=torch.bfloat16), "blend", 1.0),
+    (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.bfloat16), "flashprefill", 0.1),
+    (Case(1, 16, 2, 6000, 19_000, 64, dtype=torch.bfloat16), "flashprefill", 0.1),
 ]
 
 
 def main(seconds: float) -> None:
-    for case, alpha in CALLS:
+    for case, selector, alpha in CALLS:
         torch.manual_seed(0)
         query, key, value, _ = case.tensors(torch.device("cuda"))
-        config = FlashPrefillConfig(alpha=alpha, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, backend="triton")
+        forced = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+        config = FlashPrefillConfig(alpha, selector, backend="triton", **forced)
         first = flash_prefill_attention(query, key, value, config=config)
         runs = changed = 0
         until = time.monotonic() + seconds
@@ -39,7 +42,7 @@ def main(seconds: float) -> None:
             again = flash_prefill_attention(query, key, value, config=config)
             runs += 1
             changed += not torch.equal(again, first)
-        print(json.dumps({"case": str(case), "runs": runs, "changed": changed}), flush=True)
+        print(json.dumps({"case": str(case), "selector": selector, "runs": runs, "changed": changed}), flush=True)
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ def test_processes_that_share_the_gpu_leave_results_alone():
     """A GPU puts a program's memory aside when another process has its turn. In one call of five, the float16 kernel's came
     back with the state of an unused barrier among results. And where turns are short, a later turn's queries came before the
     last of a turn's had been read, in one call of seventy."""
-    command = [sys.executable, "-m", "tests.repeated_calls", "4"]
+    command = [sys.executable, "-m", "tests.repeated_calls", "3"]
     folder = Path(__file__).parent.parent
     running = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     try:
@@ -333,7 +333,7 @@ def test_processes_that_share_the_gpu_leave_results_alone():
             process.kill()
     assert all(process.returncode == 0 for process in running)
     for answer in answers:
-        assert len(answer) == 7
+        assert len(answer) == 9
         for call in answer:
             assert call["runs"] >= 10, call
             assert call["changed"] == 0, call
