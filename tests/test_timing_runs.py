@@ -19,10 +19,10 @@ OPTIONS = {
     layout_speed: [*LENGTHS, "--device", "cpu", "--seconds", "0"],
 }
 ARGUMENTS = {
-    ttft: {"lengths", "density", "repeats", "limit"},
+    ttft: {"lengths", "density", "repeats", "kernels", "limit"},
     operator_speed: {"lengths", "densities", "head_dims", "batches", "heads", "kv_heads", "dense_tail_blocks", "selectors"}
     | {"audit_rows", "baselines", "portable", "seconds", "limit"},
-    layout_speed: {"lengths", "density", "chunk", "heads", "kv_heads", "head_dim", "seconds", "limit"},
+    layout_speed: {"lengths", "density", "chunk", "heads", "kv_heads", "head_dim", "seconds", "kernels", "limit"},
 }
 harnesses = pytest.mark.parametrize("harness", OPTIONS, ids=lambda harness: harness.__name__)
 
