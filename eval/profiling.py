@@ -18,8 +18,8 @@ NAME_WIDTH = 60
 def kernel_times(run: Callable[[], object], device: torch.device, runs: int = 5) -> list[dict]:
     """Launches and milliseconds of each kernel in one of ``runs`` runs, on average, those that take longest first.
 
-    Kernels of one template are one kernel here. On a CPU torch's operators take the kernels' place. The first run of
-    something compiles: let there have been one.
+    Kernels of one template are one kernel here, unless their names are mangled. On a CPU torch's operators take the kernels'
+    place. The first run of something compiles: let there have been one.
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:

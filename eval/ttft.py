@@ -143,10 +143,10 @@ def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, rep
     row["attention_s"] = {state: row[state]["median_s"] - rest for state in ("unpatched", "patched")}
     if with_kernels:
         row["kernels"] = {}
-        for name, state in (("patched", patched(model, config=config)), ("free_attention", free_attention(model))):
-            with state:
-                call = partial(first_token_seconds, model, ids)
-                row["kernels"][name] = profiling.kernel_times(call, model.device, runs=1)
+        call = partial(first_token_seconds, model, ids)
+        for state, attention in (("patched", patched(model, config=config)), ("free_attention", free_attention(model))):
+            with attention:
+                row["kernels"][state] = profiling.kernel_times(call, model.device, runs=1)
     return row
 
 

@@ -211,11 +211,11 @@ def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
     counts = number[..., 0].contiguous()
     tiles = tuning.hopper_tiles(head_dim)
     mean_weights = torch.zeros(1, HEADS, 4, 128)
-    for name, dtype, has_means, sinks in (
-        ("attend_hopper", torch.bfloat16, False, None),
-        ("attend_hopper means", torch.bfloat16, True, None),
-        ("attend_hopper sinks", torch.bfloat16, True, mean_weights),
-        ("attend_hopper float16", torch.float16, True, None),
+    for name, dtype, has_means, sinks, ranges in (
+        ("attend_hopper", torch.bfloat16, False, None, None),
+        ("attend_hopper means", torch.bfloat16, True, None, None),
+        ("attend_hopper sinks", torch.bfloat16, True, mean_weights, None),
+        ("attend_hopper float16 padded", torch.float16, True, None, counts),
     ):
         query = torch.zeros(1, HEADS, TOKENS, head_dim, dtype=dtype)
         key = torch.zeros(1, KEY_HEADS, TOKENS, head_dim, dtype=dtype)
@@ -226,9 +226,9 @@ def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
         yield (
             name,
             attend_hopper._attend_hopper_kernel.warmup(
-                *descriptors, *of_means, query, None, counts, counts, counts, number, sinks, 0.1, TOKENS, TOKENS, 0, 0,
+                *descriptors, *of_means, query, ranges, counts, counts, counts, number, sinks, 0.1, TOKENS, TOKENS, 0, 0,
                 4, 4, 4, HEADS, HEADS, *query.stride()[:3], GROUP=HEADS // KEY_HEADS, STEP=tiles.step, STAGES=tiles.stages,
-                QUERY_STAGES=tiles.query_stages, QUERY_IN_REGISTERS=tiles.query_in_registers, HAS_RANGES=False,
+                QUERY_STAGES=tiles.query_stages, QUERY_IN_REGISTERS=tiles.query_in_registers, HAS_RANGES=ranges is not None,
                 HAS_SINKS=sinks is not None, HAS_MEANS=has_means, num_warps=4, enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
@@ -291,28 +291,35 @@ def _barriers_span(ptx: str) -> int:
     return max(barriers) - min(barriers) if barriers else 0
 
 
-def _unfenced_loads(listing: str) -> int:
-    """Releases of buffers to the copy engine, in the order of the code, after loads from shared memory and no fence.
+def unfenced_loads(listing: str) -> int:
+    """Releases of buffers to the copy engine, in the order of the code, after loads from shared memory without what orders
+    these before what the copy engine writes next: a fence of each thread, then the warpgroup's barrier.
 
     Loads are two or more, of more than four bytes a thread each, as all of the copy engine's data are read, and no barrier is
     asked between them and the release, as is after those of results on their way out.
     """
     unfenced = loads = 0
+    is_fenced = is_ordered = False
     for line in listing.splitlines():
         if re.search(r"\b(LDSM|LDS\.(64|128))\b", line):
             loads += 1
-        elif "FENCE.VIEW.ASYNC" in line or "SYNCS.PHASECHK" in line:
+            is_fenced = is_ordered = False
+        elif "FENCE.VIEW.ASYNC" in line:
+            is_fenced = True
+        elif "BAR.SYNC" in line:
+            is_ordered |= is_fenced
+        elif "SYNCS.PHASECHK" in line:
             loads = 0
         elif "SYNCS.ARRIVE.TRANS64.A1T0" in line:
-            unfenced += loads > 1
+            unfenced += loads > 1 and not is_ordered
             loads = 0
     return unfenced
 
 
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
     """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, pairs of numbers that
-    loops pack anew, bytes over which barriers are spread, releases after loads without a fence, ptxas's warnings about
-    serialised matrix products (C75xx), and 16-byte loads and stores."""
+    loops pack anew, bytes over which barriers are spread, releases after loads without a fence, how many releases and fences
+    there are, ptxas's warnings about serialised matrix products (C75xx), and 16-byte loads and stores."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -329,7 +336,9 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         "loops_without_maxima": _loops_without_maxima(listing),
         "repacked_pairs": _repacked_pairs(listing),
         "barriers_span": _barriers_span(kernel.asm["ptx"]),
-        "unfenced_loads": _unfenced_loads(listing),
+        "unfenced_loads": unfenced_loads(listing),
+        "releases": listing.count("SYNCS.ARRIVE.TRANS64.A1T0"),
+        "fences": listing.count("FENCE.VIEW.ASYNC"),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),

@@ -1,6 +1,7 @@
 """The same calls again and again, to be run by several processes at once: python -m tests.repeated_calls 8
 
-Prints a JSON line per call: how often it ran in so many seconds, and how often its bits were not those of the first run.
+Prints a JSON line per call: how long its lists are, how often it ran in so many seconds, and how often its bits were not those
+of the first run.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ CALLS = [
     (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.bfloat16), "blend", 0.1),
     (Case(1, 16, 2, 6000, 19_000, 64, dtype=torch.float16), "blend", 0.1),
     (Case(1, 8, 2, 3000, 9000, 256, dtype=torch.float16), "blend", 0.1),
-    (Case(1, 16, 2, 9000, 9000, 64, dtype=torch.bfloat16), "blend", 1.0),
-    (Case(1, 28, 4, 9000, 9000, 128, dtype=torch.bfloat16), "blend", 1.0),
-    (Case(1, 16, 2, 9000, 9000, 256, dtype=torch.bfloat16), "blend", 1.0),
+    (Case(1, 16, 2, 9000, 9000, 64, dtype=torch.bfloat16), "share", 1.0),
+    (Case(1, 28, 4, 9000, 9000, 128, dtype=torch.bfloat16), "share", 1.0),
+    (Case(1, 16, 2, 9000, 9000, 256, dtype=torch.bfloat16), "share", 1.0),
     (Case(1, 32, 4, 6000, 19_000, 128, dtype=torch.bfloat16), "flashprefill", 0.1),
     (Case(1, 16, 2, 6000, 19_000, 64, dtype=torch.bfloat16), "flashprefill", 0.1),
 ]
@@ -35,14 +36,16 @@ def main(seconds: float) -> None:
         query, key, value, _ = case.tensors(torch.device("cuda"))
         forced = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
         config = FlashPrefillConfig(alpha, selector, backend="triton", **forced)
-        first = flash_prefill_attention(query, key, value, config=config)
+        first, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
+        listed = index.counts.float().mean().item()
         runs = changed = 0
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             again = flash_prefill_attention(query, key, value, config=config)
             runs += 1
             changed += not torch.equal(again, first)
-        print(json.dumps({"case": str(case), "selector": selector, "runs": runs, "changed": changed}), flush=True)
+        row = {"case": str(case), "selector": selector, "blocks_a_list": listed, "runs": runs, "changed": changed}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

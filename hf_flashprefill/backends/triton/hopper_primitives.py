@@ -58,8 +58,8 @@ def finish_loads():
     """By a warpgroup that has read a buffer with loads, not with products, before it arrives at the barrier that lets the copy
     engine overwrite it: a barrier alone does not order loads with what the copy engine writes.
 
-    Without this, queries of the turn after next came before the last of a turn's had been read: 1.4 % of the calls with
-    head_dim 64, means and no listed block but the own had wrong rows, by up to 1.0. With it, none of 27 579
+    Without this, queries of the turn after next came before the last of a turn's had been read: 1.4 % of the bfloat16
+    calls with head_dim 64, means and no listed block but the own had wrong rows, by up to 1.05. With it, none of 27 579
     (H200, benchmarks/results/unfenced-loads-2026-11-28-h200.txt).
     """
     fence_async_shared()
