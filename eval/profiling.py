@@ -40,19 +40,20 @@ def kernel_times(run: Callable[[], object], device: torch.device, runs: int = 5)
 
 
 def kernel_table(times: dict[str, list[dict]]) -> str:
-    """The kernels of several runs, by their names, side by side."""
-    by_run = {name: {row["kernel"]: row for row in rows} for name, rows in times.items()}
-    kernels = sorted({kernel for rows in by_run.values() for kernel in rows}, key=lambda kernel: -_most(by_run, kernel))
-
-    def cells(name: str, chosen: list[str]) -> list[str]:
-        rows = [by_run[name][kernel] for kernel in chosen if kernel in by_run[name]]
-        return [f"{sum(row['launches'] for row in rows):.0f}", f"{sum(row['ms'] for row in rows):.3f}"] if rows else ["", ""]
-
-    groups = [(kernel[:NAME_WIDTH], [kernel]) for kernel in kernels[:SHOWN]]
-    groups += [("others", kernels[SHOWN:]), ("together", kernels)]
-    header = ["kernel", *(f"{name} {what}" for name in times for what in ("launches", "ms"))]
-    return common.format_table(header, [[label, *sum((cells(n, chosen) for n in times), [])] for label, chosen in groups])
-
-
-def _most(by_run: dict[str, dict[str, dict]], kernel: str) -> float:
-    return max(rows[kernel]["ms"] for rows in by_run.values() if kernel in rows)
+    """What ``kernel_times`` found for several runs, by their names, side by side: launches and milliseconds."""
+    longest: dict[str, float] = {}
+    for rows in times.values():
+        for row in rows:
+            longest[row["kernel"]] = max(row["ms"], longest.get(row["kernel"], 0.0))
+    kernels = sorted(longest, key=longest.__getitem__, reverse=True)
+    groups = [(kernel[:NAME_WIDTH], {kernel}) for kernel in kernels[:SHOWN]]
+    groups += [("others", set(kernels[SHOWN:])), ("together", set(kernels))]
+    table = []
+    for label, chosen in groups:
+        cells = [label]
+        for rows in times.values():
+            found = [row for row in rows if row["kernel"] in chosen]
+            sums = (f"{sum(row['launches'] for row in found):.0f}", f"{sum(row['ms'] for row in found):.3f}")
+            cells += sums if found else ("", "")
+        table.append(cells)
+    return common.format_table(["kernel", *(f"{name} {what}" for name in times for what in ("launches", "ms"))], table)

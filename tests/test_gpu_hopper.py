@@ -289,8 +289,8 @@ def test_a_bad_value_shows_for_the_queries_that_attend_to_it(head_dim, dtype, pl
         is_bad = is_bad & (torch.arange(head_dim, device="cuda") == channel)
     output = attend()
     assert torch.equal(~output.isfinite(), is_bad)
-    is_retaken = torch.stack([is_reached[:, block == b].any(1) for b in block.tolist()[::128]], 1)[None, :, block]
-    assert torch.equal(output[~is_retaken], expected[~is_retaken])
+    is_in_bad_turn = torch.stack([is_reached[:, block == b].any(1) for b in block.tolist()[::128]], 1)[None, :, block]
+    assert torch.equal(output[~is_in_bad_turn], expected[~is_in_bad_turn])
     torch.testing.assert_close(output[~is_bad], expected[~is_bad], atol=1e-2, rtol=2e-2)
 
 

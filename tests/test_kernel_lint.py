@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
-    """How much a kernel may spill; no loop may know of it."""
+    """Bytes that a kernel may spill outside its loops, in which it may not but for what is said there."""
     if kernel in ("attend", "attend window sinks", "attend means"):
         # Once before the loops, up to 40 bytes with triton 3.6 and 24 with 3.9.
         return 40 if head_dim == 128 else 4
@@ -103,8 +103,8 @@ def test_kernels_compile_clean(capability):
         allowed = _bytes_laid_aside(verdict["kernel"], verdict["head_dim"])
         assert verdict["spilled"] <= allowed, verdict
         # One register in one warpgroup's loop of means, which takes a step or two a turn, with triton 3.9.
-        is_wide = verdict["kernel"].startswith("attend_hopper") and verdict["head_dim"] == 256
-        assert verdict["spilled_in_loops"] <= is_wide, verdict
+        may_spill = verdict["kernel"] in ("attend_hopper means", "attend_hopper sinks") and verdict["head_dim"] == 256
+        assert verdict["spilled_in_loops"] <= may_spill, verdict
         if verdict["kernel"].startswith("attend_hopper"):
             assert verdict["late_exponentials"] == 0, verdict
             # Repacking the weights takes 64 instructions, or 32 at head_dim 256, moving them half as many; others are up to 19.
