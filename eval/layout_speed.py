@@ -45,7 +45,7 @@ from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, medians_ms
 from hf_flashprefill.functional import resolve_backend
 
 # Layouts that ``--kernels`` looks into.
-PROFILED = ("one", "chunked")
+PROFILED = ("one", "half", "batch", "left_padded", "chunked")
 
 
 def cut(tensors: Tensors, rows: slice, query: slice, keys: slice) -> Tensors:

@@ -86,7 +86,6 @@ def flash_prefill_attention(
     sinks = None if sinks is None else _checked_sinks(sinks, query)
     scale = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
     backend = resolve_backend(config.backend, query)
-    batch, heads, query_len, head_dim = query.shape
     options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
     parts: list[BlockIndex] = []
     pooled = None
@@ -94,9 +93,7 @@ def flash_prefill_attention(
         if backend is reference:
             options["mean_blocks"] = config.mean_blocks if config.correction and window is None else None
         else:
-            # Padding rows are nobody's to write, so they must start as zeros.
-            fill = torch.empty if valid_ranges is None else torch.zeros
-            output = fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+            output = backend.new_output(query, geometry)
             # A window keeps all it sees, and what it does not see must not come back as a mean.
             if window is None:
                 pooled, options["means"] = pool_inputs(key, value, geometry, config, backend)

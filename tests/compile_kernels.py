@@ -31,6 +31,7 @@ from hf_flashprefill.backends.triton import (
     hopper_primitives,
     longest,
     means,
+    output,
     pool,
     probe,
     probe_hopper,
@@ -145,6 +146,13 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             TOKENS=longest.TOKENS, STRIDE=8, HAS_RANGES=False, num_warps=head_dim // 16, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
+
+    yield (
+        "clear_padding",
+        output._clear_padding_kernel.warmup(
+            query, counts, *lengths[:3], HEADS * head_dim, TOKENS=output.TOKENS, WIDTH=output.WIDTH, grid=(1,)
+        ),
+    )
 
     for name, run, has_all in (("pools and blocks", 4, True), ("blocks", pool.RUN, False)):
         yield (

@@ -84,6 +84,7 @@ def test_kernels_compile_clean(capability):
         "attend means",
         "energies",
         "list energies",
+        "clear_padding",
         "gather",
         "longest_queries",
         "probe",

@@ -1,7 +1,7 @@
 """Any-device backend in plain torch that does the work of the kept blocks only."""
 
-from .attend import attend_blocks
+from .attend import attend_blocks, new_output
 from .means import run_means
 from .select import pool_keys, pool_keys_and_values, select_blocks
 
-__all__ = ["attend_blocks", "pool_keys", "pool_keys_and_values", "run_means", "select_blocks"]
+__all__ = ["attend_blocks", "new_output", "pool_keys", "pool_keys_and_values", "run_means", "select_blocks"]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ...block_index import BlockIndex
+from ...geometry import PrefillGeometry
 from .means import dropped_tokens
 from .select import blocked_keys, blocked_queries
 
@@ -17,6 +18,14 @@ GATHERED_AT_ONCE = 1 << 22
 # What a column that stands for nothing adds to a float32 logit. A GPU multiplies float32 as sums of TF32 parts, and what
 # minus infinity leaves behind its first part is NaN. Half precision is multiplied as it is.
 NOTHING = -1e30
+
+
+def new_output(query: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
+    """For the results of queries [B, Hq, Sq, D]: as many numbers, a view of [B, Sq, Hq, D] memory. Zeros for queries outside
+    their row's valid range, the others are to be written."""
+    batch, heads, query_len, head_dim = query.shape
+    fill = torch.empty if geometry.valid_ranges is None else torch.zeros
+    return fill(batch, query_len, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
 def attend_blocks(

@@ -15,6 +15,7 @@ from ...geometry import PrefillGeometry
 from . import attend
 from .energy_lists import select_energies
 from .means import RunMeans, run_means
+from .output import new_output
 from .pool import _pool_kernel, pool_keys, pool_keys_and_values
 from .primitives import is_hopper
 from .shares import select_shares
@@ -25,7 +26,7 @@ except ImportError:
     # Gluon is experimental in Triton and may move; the portable kernel computes the same.
     attend_hopper = None
 
-__all__ = ["attend_blocks", "obstacle", "pool_keys", "pool_keys_and_values", "run_means", "select_blocks"]
+__all__ = ["attend_blocks", "new_output", "obstacle", "pool_keys", "pool_keys_and_values", "run_means", "select_blocks"]
 
 MAX_HEAD_DIM = 256
 

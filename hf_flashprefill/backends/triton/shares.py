@@ -242,7 +242,10 @@ def select_shares(
     )  # fmt: skip
     for first_part in range(0, parts, step):
         count = min(step, parts - first_part)
-        programs, at_once = math.prod(call.grid(count, 1)), tiles.resident * multiprocessors(query)
+        head_sets, programs, rows = call.grid(count, 1)
+        # Padded rows end in different launches, and must not leave the GPU half idle then.
+        programs *= head_sets * (rows if geometry.valid_ranges is None else 1)
+        at_once = tiles.resident * multiprocessors(query)
         first_tile = first_part * part.query_blocks
         last_tile = min(first_tile + count * part.query_blocks, query_blocks)
         is_even = geometry.is_even(first_query_block + first_tile, last_tile - first_tile)
