@@ -46,6 +46,20 @@ def place_of(geometry: PrefillGeometry, heads: int, number: int):
     return place(number, shape, None, geometry.valid_ranges is not None)
 
 
+class Counter:
+    """The number of the next turn, in global memory, and how often it was asked for."""
+
+    def __init__(self):
+        self.number, self.drawn = 0, 0
+
+    def next(self):
+        self.number, self.drawn = self.number + 1, self.drawn + 1
+        return self.number - 1
+
+    def pass_over(self, number, sem):
+        self.number = max(self.number, number)
+
+
 @pytest.mark.parametrize(
     ("batch", "heads", "query_len", "kv_len", "ranges"),
     [
@@ -77,12 +91,13 @@ def test_every_query_block_of_every_head_has_one_turn(batch, heads, query_len, k
 
 
 def test_turns_without_queries_are_passed_over():
-    """Each turn with queries is drawn once, by whichever program asks; then there are no more."""
+    """Each turn with queries is drawn once, by whichever program asks; then there are no more. Of a head's empty turns hardly
+    more than the first is drawn."""
     heads, ranges = 2, torch.tensor([[100, 900], [0, 150], [300, 300]], dtype=torch.int32)
     geometry = PrefillGeometry(3, 700, 900, 200, 128, ranges)
     tiles = geometry.query_blocks
     shape = (heads, 3 * heads, tiles, 0, 200, 700, 900)
-    counter = iter(range(1000))
+    counter = Counter()
     counts = {(row * heads + head) * tiles + tile: 1 for row in range(3) for head in range(heads) for tile in range(tiles)}
 
     def place(number, *_):
@@ -92,20 +107,25 @@ def test_turns_without_queries_are_passed_over():
     is_empty = as_python(turns._is_empty, place_of=place, turns_of=turns_of, **CONSTANTS)
     gl = SimpleNamespace(**vars(GL), load=lambda row, mask, other: counts[row] if mask else other)
     length = as_python(turns._list_length, gl=gl, place_of=place)
+    gl.cdiv, gl.atomic_max = lambda a, b: -(-a // b), Counter.pass_over
+    after_empty = as_python(turns._after_empty, gl=gl, place_of=place, **CONSTANTS)
     draw = as_python(
-        turns.draw_turn, gl=gl, _list_length=length, _is_empty=is_empty, turns_of=turns_of, next_number=lambda _: next(counter),
-        **CONSTANTS,
+        turns.draw_turn, gl=gl, _list_length=length, _is_empty=is_empty, _after_empty=after_empty, turns_of=turns_of,
+        next_number=Counter.next, **CONSTANTS,
     )  # fmt: skip
     drawn = []
-    while (found := draw(next(counter), shape, None, None, 0, True)) != (-1, 0):
+    while (found := draw(counter.next(), shape, None, counter, 0, True)) != (-1, 0):
         assert found[1] == 1
         drawn.append(place(found[0])[0])
     visible = geometry.visible_counts(torch.device("cpu"))
     expected = [(b, h, t) for b in range(3) for h in range(heads) for t in range(tiles) if visible[b, t] > 0]
     assert 0 < len(expected) < 3 * heads * tiles
     assert sorted(drawn) == expected
+    # A head's turns are two runs, of the long ones and of the others, and each has at most one run of empty ones.
+    assert counter.drawn <= len(expected) + 2 * 3 * heads + 1
+    assert 2 * 3 * heads < 3 * heads * tiles - len(expected)
     # A program that asks long after the last turn must not read behind the row spans.
-    assert draw(999, shape, None, None, 0, True) == (-1, 0)
+    assert draw(999, shape, None, counter, 0, True) == (-1, 0)
 
 
 @pytest.mark.parametrize("listed", [1, 2, 7])
