@@ -7,12 +7,13 @@ Per length L and imposed density, the whole operator (pool, select, attend) is t
 - ``batch``: two rows of L tokens, against twice one row;
 - ``left_padded``: the same two rows, the second with L / 2 tokens of padding in front, against a prompt of L and one of L / 2;
 - ``chunked``: L tokens in chunks of ``--chunk`` against the keys so far, against the whole prompt at once;
+- ``chunked_kept_pools``: the same chunks, each of which pools only its own keys: the calls hand ``KeptPools`` on;
 - ``chunked_tails``: the same chunks with the default's query blocks in full at the end of each, against the whole prompt and as
   much more attention as these list more blocks.
 
 ``overhead`` is the time over that of the same work less 1. Every figure is a median, all measured in turns, of a GPU that has
 work waiting, as in a model's prefill. The density is imposed by a wide local window, with no query block in full but in
-``chunked_tails``. ``--kernels`` also says which kernels of the whole prompt at once and in chunks the time goes to.
+``chunked_tails``. ``--kernels`` also says which kernels the time of each layout but the last goes to.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ from eval.operator_speed import (
 )
 from eval.schema import Result
 from eval.ttft import config_for_density
-from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attention
+from hf_flashprefill import BlockIndex, FlashPrefillConfig, KeptPools, flash_prefill_attention
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, medians_ms
 from hf_flashprefill.functional import resolve_backend
 
-# Layouts that ``--kernels`` looks into.
-PROFILED = ("one", "half", "batch", "left_padded", "chunked")
+KEPT_POOLS = "chunked_kept_pools"
+# Layouts that ``--kernels`` does not look into.
+NOT_PROFILED = ("chunked_tails",)
 
 
 def cut(tensors: Tensors, rows: slice, query: slice, keys: slice) -> Tensors:
@@ -67,9 +69,10 @@ class Call(NamedTuple):
         return self.run(return_index=True).index
 
 
-def run_all(calls: list[Call]) -> None:
+def run_all(calls: list[Call], keeps_pools: bool) -> None:
+    kept_pools = KeptPools() if keeps_pools else None
     for call in calls:
-        call.run()
+        call.run(kept_pools=kept_pools)
 
 
 def layout_calls(tensors: Tensors, config: FlashPrefillConfig, chunk: int) -> dict[str, tuple[list[Call], list[str]]]:
@@ -85,6 +88,7 @@ def layout_calls(tensors: Tensors, config: FlashPrefillConfig, chunk: int) -> di
         "batch": ([Call(tensors, config)], ["one", "one"]),
         "left_padded": ([Call(tensors, config, ranges)], ["one", "half"]),
         "chunked": ([Call(part, config) for part in chunks], ["one"]),
+        KEPT_POOLS: ([Call(part, config) for part in chunks], ["one"]),
         "chunked_tails": ([Call(part, with_tails) for part in chunks], ["one"]),
     }
 
@@ -98,7 +102,7 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
     blocks = {name: sum(int(call.index().counts.sum()) for call in made_of) for name, (made_of, _) in calls.items()}
     [one], _ = calls["one"]
     backend, scale = resolve_backend(args.backend, one.tensors[0]), args.head_dim**-0.5
-    runs = {name: partial(run_all, made_of) for name, (made_of, _) in calls.items()}
+    runs = {name: partial(run_all, made_of, name == KEPT_POOLS) for name, (made_of, _) in calls.items()}
     runs["attend"] = stage_runs(backend, one.tensors, one.index(), config, scale)["attend"]
     times = medians_ms(runs, args.device, args.seconds, queued=True)
     attend_ms = times["attend"]["median_ms"]
@@ -109,7 +113,7 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
         overhead = times[name]["median_ms"] / expected - 1 if same_work else None
         row = {"length": length, "density": density, "layout": name, "blocks": blocks[name]}
         row |= {**times[name], "overhead": overhead}
-        if args.kernels and name in PROFILED:
+        if args.kernels and name not in NOT_PROFILED:
             row["kernels"] = profiling.kernel_times(runs[name], args.device)
         rows.append(row)
     return rows
@@ -124,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
     add_tensor_arguments(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
-    parser.add_argument("--kernels", action="store_true", help="profile the whole prompt at once and in chunks, too")
+    parser.add_argument("--kernels", action="store_true", help="profile every layout but chunked_tails, too")
     parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
     parser.add_argument("--output", type=Path, help="JSON file (default: results/layouts-DATE-DEVICE.json)")
     return parser

@@ -4,6 +4,7 @@ from .block_index import BlockIndex
 from .calibration import Calibration, LayerCalibration, calibrate
 from .config import FlashPrefillConfig
 from .functional import PrefillOutput, flash_prefill_attention
+from .kept_pools import KeptPools
 from .patch import (
     UnsupportedModelError,
     is_patched,
@@ -23,6 +24,7 @@ __all__ = [
     "BlockIndex",
     "Calibration",
     "FlashPrefillConfig",
+    "KeptPools",
     "LayerCalibration",
     "LayerStats",
     "LayerWarmup",

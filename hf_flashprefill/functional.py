@@ -13,6 +13,7 @@ from . import reference
 from .block_index import BlockIndex
 from .config import SORTING_SELECTORS, FlashPrefillConfig
 from .geometry import PrefillGeometry
+from .kept_pools import KeptPools, Pools
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,6 +41,7 @@ def flash_prefill_attention(
     valid_ranges: torch.Tensor | None = None,
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
+    kept_pools: KeptPools | None = None,
     return_index: bool = False,
     on_index: Callable[[BlockIndex], None] | None = None,
 ) -> torch.Tensor | PrefillOutput:
@@ -65,6 +67,9 @@ def flash_prefill_attention(
             Sq * sliding_window. None, or a longer window, leaves the choice to the selector.
         sinks: [Hq] on the query's device: a logit per head that takes part in every softmax and has no value, as in
             gpt-oss. Selection does not see it.
+        kept_pools: What earlier calls on the same cache have pooled, and where this one puts what it pools; see KeptPools for
+            what that promises. None pools all keys. Not with ``valid_ranges``; a ``sliding_window`` that is shorter than Skv
+            and the reference backend leave it alone.
         return_index: Also return the lists of kept blocks.
         on_index: Called with the lists as they are made, a part of a long prompt's query blocks at a time, which never
             holds all of them.
@@ -86,6 +91,8 @@ def flash_prefill_attention(
     sinks = None if sinks is None else _checked_sinks(sinks, query)
     scale = query.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
     backend = resolve_backend(config.backend, query)
+    if kept_pools is not None:
+        _check_kept_pools(kept_pools, key, config, backend, valid_ranges)
     options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
     parts: list[BlockIndex] = []
     pooled = None
@@ -96,7 +103,7 @@ def flash_prefill_attention(
             output = backend.new_output(query, geometry)
             # A window keeps all it sees, and what it does not see must not come back as a mean.
             if window is None:
-                pooled, options["means"] = pool_inputs(key, value, geometry, config, backend)
+                pooled, options["means"] = pool_inputs(key, value, geometry, config, backend, kept_pools)
         for index in select_in_rounds(query, key, geometry, config, scale, window, pooled):
             if backend is reference:
                 output = reference.attend_blocks(query, key, value, index, **options).to(query.dtype)
@@ -112,18 +119,34 @@ def flash_prefill_attention(
 
 
 def pool_inputs(
-    key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, config: FlashPrefillConfig, backend: ModuleType
+    key: torch.Tensor,
+    value: torch.Tensor,
+    geometry: PrefillGeometry,
+    config: FlashPrefillConfig,
+    backend: ModuleType,
+    kept_pools: KeptPools | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """The pooled keys that the selector probes and, with the correction, the means of keys and of values that stand for
     dropped blocks, ``run_means`` of the backend. ``backend`` is the one that attends, not the reference."""
+    config, block_size = config.resolved(), config.block_size
     pool_size, selecting = selection_rule(config)["pool_size"], selecting_backend(config.selector, backend)
-    if not config.resolved().correction:
-        return selecting.pool_keys(key, geometry, pool_size), None
-    own_size = pool_size if selecting is backend else config.block_size
-    pooled, key_blocks, value_blocks = backend.pool_keys_and_values(key, value, geometry, own_size)
-    if selecting is not backend:
-        pooled = selecting.pool_keys(key, geometry, pool_size)
-    return pooled, backend.run_means(key_blocks, value_blocks, config.mean_blocks)
+
+    def pool(key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry) -> Pools:
+        if not config.correction:
+            return (selecting.pool_keys(key, geometry, pool_size),)
+        if selecting is backend:
+            return tuple(backend.pool_keys_and_values(key, value, geometry, pool_size))
+        _, *blocks = backend.pool_keys_and_values(key, value, geometry, block_size)
+        return selecting.pool_keys(key, geometry, pool_size), *blocks
+
+    if kept_pools is None:
+        pooled, *blocks = pool(key, value, geometry)
+    else:
+        together = max(block_size, selecting.pooled_together(block_size, pool_size))
+        row_tokens = (pool_size, block_size, block_size) if config.correction else (pool_size,)
+        made_for = _pools_made_for(key, config, backend)
+        pooled, *blocks = kept_pools.extended(key, value, geometry, pool, made_for, together, row_tokens)
+    return pooled, backend.run_means(*blocks, config.mean_blocks) if blocks else None
 
 
 def select_in_rounds(
@@ -279,6 +302,38 @@ def _checked_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     if sinks.shape != query.shape[1:2] or sinks.device != query.device:
         raise ValueError(f"sinks must have shape ({query.shape[1]},) on {query.device}, got {_shape(sinks)} on {sinks.device}")
     return sinks.to(torch.float32)
+
+
+def _pools_made_for(key: torch.Tensor, config: FlashPrefillConfig, backend: ModuleType) -> dict[str, Any]:
+    """All that pools depend on beside keys, values and where they stand, by names that users know."""
+    batch, heads, _, head_dim = key.shape
+    return {
+        "batch": batch,
+        "key heads": heads,
+        "head_dim": head_dim,
+        "dtype": key.dtype,
+        "device": key.device,
+        "block_size": config.block_size,
+        "pool_size": selection_rule(config)["pool_size"],
+        "correction": config.correction,
+        "backend": backend.__name__.rpartition(".")[2],
+        "backend that selects": selecting_backend(config.selector, backend).__name__.rpartition(".")[2],
+    }
+
+
+def _check_kept_pools(
+    kept_pools: KeptPools,
+    key: torch.Tensor,
+    config: FlashPrefillConfig,
+    backend: ModuleType,
+    valid_ranges: torch.Tensor | None,
+) -> None:
+    if not isinstance(kept_pools, KeptPools):
+        raise TypeError(f"kept_pools must be KeptPools or None, got {type(kept_pools).__name__}")
+    if valid_ranges is not None:
+        raise ValueError("kept_pools must be None with valid_ranges: where a padded row begins only the device knows")
+    if backend is not reference:
+        kept_pools.require(_pools_made_for(key, config, backend))
 
 
 def _checked_scale(scale: float) -> float:

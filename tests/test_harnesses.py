@@ -80,10 +80,12 @@ def test_a_failing_gate_prints_no_speed(monkeypatch, capsys, tmp_path):
 
 
 def test_layouts_do_the_same_work(monkeypatch, tmp_path, capsys):
-    calls = []
+    calls, kept = [], []
 
     def counted(query, key, value, **options):
         calls.append((query.shape[0], query.shape[2], key.shape[2]))
+        if options.get("kept_pools") is not None:
+            kept.append(options["kept_pools"])
         return flash_prefill_attention(query, key, value, **options)
 
     monkeypatch.setattr(layout_speed, "flash_prefill_attention", counted)
@@ -94,28 +96,31 @@ def test_layouts_do_the_same_work(monkeypatch, tmp_path, capsys):
     options = ["--lengths", "2048", "--chunk", "512", "--density", "0.3", "--device", "cpu", "--output", str(path)]
     assert layout_speed.main(options) == 0
     chunks = [(1, 512, end) for end in (512, 1024, 1536, 2048)]
-    timed = [(1, 2048, 2048), (1, 1024, 1024), (2, 2048, 2048), (2, 2048, 2048), *chunks, *chunks]
+    timed = [(1, 2048, 2048), (1, 1024, 1024), (2, 2048, 2048), (2, 2048, 2048), *chunks, *chunks, *chunks]
     # Once for its lists, the whole prompt's once more for its attention alone, and once for its time.
     assert calls == [*timed, (1, 2048, 2048), *timed]
+    # The chunks of one prompt share their pools.
+    assert len(kept) == 4
+    assert len(set(map(id, kept))) == 1
     rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
-    one, half, batch, padded, chunked, tails = (row["blocks"] for row in rows.values())
-    assert (batch, padded, chunked) == (2 * one, one + half, one)
+    one, half, batch, padded, chunked, kept_blocks, tails = (row["blocks"] for row in rows.values())
+    assert (batch, padded, chunked, kept_blocks) == (2 * one, one + half, one, one)
     # In each chunk, of eight heads, two query blocks list what they see; the other two a window of three blocks.
     assert one == 8 * (1 + 2 + 14 * 3)
     assert tails == 8 * (sum(2 * end - 1 for end in (4, 8, 12, 16)) + 1 + 2 + 6 * 3)
     overheads = [row["overhead"] for row in rows.values()]
-    assert overheads[:5] == [None, None, -0.5, -0.5, 0.0]
-    assert overheads[5] == pytest.approx(1 / (tails / one) - 1)
+    assert overheads[:6] == [None, None, -0.5, -0.5, 0.0, 0.0]
+    assert overheads[6] == pytest.approx(1 / (tails / one) - 1)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0] == {"length": 2048, "layout": "batch", "overhead": -0.5}
 
 
 def test_kernels_of_layouts(tmp_path, capsys):
-    """On a CPU torch's operators: attention runs at least as often in four chunks as at once, and nothing else is profiled."""
+    """On a CPU torch's operators: attention runs at least as often in four chunks as at once. The last layout has none."""
     path = tmp_path / "layouts.json"
     options = ["--lengths", "1024", "--chunk", "256", "--seconds", "0.01", "--device", "cpu", "--output", str(path)]
     assert layout_speed.main([*options, "--kernels"]) == 0
     rows = {row["layout"]: row for row in json.loads(path.read_text())["rows"]}
-    assert [name for name, row in rows.items() if "kernels" in row] == ["one", "chunked"]
+    assert [name for name, row in rows.items() if "kernels" in row] == [name for name in rows if name != "chunked_tails"]
     one, chunked = ({kernel["kernel"]: kernel for kernel in rows[name]["kernels"]} for name in ("one", "chunked"))
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert chunked[attention]["launches"] >= one[attention]["launches"] >= 1

@@ -60,6 +60,11 @@ def blocked_queries(query: torch.Tensor, geometry: PrefillGeometry) -> tuple[tor
     return rows.unflatten(2, shape), positions.masked_fill(~used, -1).unflatten(1, shape)
 
 
+def pooled_together(block_size: int, pool_size: int) -> int:
+    """Tokens of which multiples may be pooled apart: a block, as pooled keys are in order."""
+    return block_size
+
+
 def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
     """Means of ``pool_size`` keys each: [B, Hkv, Skv, D] -> [B, Hkv, P, D] in the keys' dtype, summed in float32."""
     return _means(_pool_sums(key, geometry, pool_size), geometry, pool_size, key.dtype)

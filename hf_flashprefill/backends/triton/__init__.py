@@ -16,7 +16,7 @@ from . import attend
 from .energy_lists import select_energies
 from .means import RunMeans, run_means
 from .output import new_output
-from .pool import _pool_kernel, pool_keys, pool_keys_and_values
+from .pool import _pool_kernel, pool_keys, pool_keys_and_values, pooled_together
 from .primitives import is_hopper
 from .shares import select_shares
 
@@ -26,7 +26,16 @@ except ImportError:
     # Gluon is experimental in Triton and may move; the portable kernel computes the same.
     attend_hopper = None
 
-__all__ = ["attend_blocks", "new_output", "obstacle", "pool_keys", "pool_keys_and_values", "run_means", "select_blocks"]
+__all__ = [
+    "attend_blocks",
+    "new_output",
+    "obstacle",
+    "pool_keys",
+    "pool_keys_and_values",
+    "pooled_together",
+    "run_means",
+    "select_blocks",
+]
 
 MAX_HEAD_DIM = 256
 

@@ -124,6 +124,11 @@ def _pool_kernel(
         )
 
 
+def pooled_together(block_size: int, pool_size: int) -> int:
+    """Tokens of which multiples may be pooled apart: those of a tile, or of a block where pooled keys are whole blocks."""
+    return block_size if pool_size == block_size else TILE * pool_size
+
+
 def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
     """Means of ``pool_size`` keys each: [B, Hkv, Skv, D] -> [B, Hkv, P, D] in the keys' dtype, summed in float32.
 
