@@ -18,7 +18,8 @@ class KeptPools:
     """What calls of ``flash_prefill_attention`` on one growing cache have pooled, so that each pools only what is new to it.
 
     Without it a prefill in chunks pools every key and value once in each chunk that follows. Begin with an empty one for every
-    cache and give it to each call; the results have the same bits as without.
+    cache and give it to each call; the results are the same as without, bit by bit but where torch pools on a GPU, whose sums
+    then may be rounded otherwise.
 
     The caller promises that the keys and values before a call's first query are those that earlier calls found there. Nothing
     can check that: blocks that have changed would be chosen by what they were, and dropped ones be stood for by what they were.

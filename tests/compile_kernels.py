@@ -150,7 +150,15 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "clear_padding",
         output._clear_padding_kernel.warmup(
-            query, counts, *lengths[:3], HEADS * head_dim, TOKENS=output.TOKENS, WIDTH=output.WIDTH, grid=(1,)
+            query,
+            counts,
+            *lengths[:3],
+            HEADS * head_dim,
+            TOKENS=output.TOKENS,
+            WIDTH=output.WIDTH,
+            num_warps=4,
+            enable_fp_fusion=True,
+            grid=(1,),
         ),
     )
 

@@ -214,7 +214,8 @@ def test_no_prompt_compiles_what_warmup_has_not():
         # that score and attend. Without correction no more. Else the longest queries, with padding and without, the means of
         # runs and their weights, and the lists of the tiles of Hopper's probe.
         has_hopper = row["head_dim"] == 128
-        expected = 12 if has_hopper else 8
+        # One kernel clears what is padding.
+        expected = 13 if has_hopper else 9
         if row["selector"] != "flashprefill":
             expected += 6 if has_hopper else 4
         assert row["warmed"] == row["met"] == expected, row

@@ -57,5 +57,7 @@ def new_output(query: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
                 heads * head_dim,
                 TOKENS=TOKENS,
                 WIDTH=WIDTH,
+                num_warps=4,
+                enable_fp_fusion=True,
             )
     return output.transpose(1, 2)
