@@ -13,7 +13,7 @@ from . import reference
 from .block_index import BlockIndex
 from .config import SORTING_SELECTORS, FlashPrefillConfig
 from .geometry import PrefillGeometry
-from .kept_pools import KeptPools, Pools
+from .kept_pools import KeptPools
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,8 +68,8 @@ def flash_prefill_attention(
         sinks: [Hq] on the query's device: a logit per head that takes part in every softmax and has no value, as in
             gpt-oss. Selection does not see it.
         kept_pools: What earlier calls on the same cache have pooled, and where this one puts what it pools; see KeptPools for
-            what that promises. None pools all keys. Not with ``valid_ranges``; a ``sliding_window`` that is shorter than Skv
-            and the reference backend leave it alone.
+            what that promises. None pools all keys. Not with ``valid_ranges``; with a ``sliding_window`` that is shorter than
+            Skv and with the reference backend nothing is pooled.
         return_index: Also return the lists of kept blocks.
         on_index: Called with the lists as they are made, a part of a long prompt's query blocks at a time, which never
             holds all of them.
@@ -93,6 +93,7 @@ def flash_prefill_attention(
     backend = resolve_backend(config.backend, query)
     if kept_pools is not None:
         _check_kept_pools(kept_pools, key, config, backend, valid_ranges)
+        kept_pools.forget_from(geometry.query_offset)
     options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
     parts: list[BlockIndex] = []
     pooled = None
@@ -131,7 +132,7 @@ def pool_inputs(
     config, block_size = config.resolved(), config.block_size
     pool_size, selecting = selection_rule(config)["pool_size"], selecting_backend(config.selector, backend)
 
-    def pool(key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry) -> Pools:
+    def pool(key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry) -> tuple[torch.Tensor, ...]:
         if not config.correction:
             return (selecting.pool_keys(key, geometry, pool_size),)
         if selecting is backend:

@@ -10,9 +10,6 @@ import torch
 
 from .geometry import PrefillGeometry
 
-# Pooled keys and, with the correction, the means of whole blocks of keys and of values: [B, Hkv, rows, D] each.
-Pools = tuple[torch.Tensor, ...]
-
 
 class KeptPools:
     """What calls of ``flash_prefill_attention`` on one growing cache have pooled, so that each pools only what is new to it.
@@ -26,17 +23,19 @@ class KeptPools:
     A cache that was cropped keeps this promise if whatever was appended since went through calls with these pools; one that
     was reordered or filled anew does not.
 
-    Kept are 1 / ``pool_size`` of the keys' numbers and, with the correction, 2 / ``block_size``.
+    Kept are pooled keys, 1 / ``pool_size`` as many numbers as the keys, and with the correction the means of whole blocks of
+    keys and of values, 1 / ``block_size`` as many each.
     """
 
     def __init__(self) -> None:
         self._tokens = 0
         self._made_for: dict[str, Any] = {}
-        self._pools: Pools = ()
+        # [B, Hkv, rows, D] each: pooled keys and, with the correction, means of blocks of keys and of values.
+        self._pools: tuple[torch.Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Tokens that the last call's queries ended with."""
+        """Tokens of the cache whose pools the next call may take over; it does so in whole tiles of pooled keys."""
         return self._tokens
 
     def require(self, made_for: dict[str, Any]) -> None:
@@ -45,34 +44,37 @@ class KeptPools:
             if made_for[name] != kept:
                 raise ValueError(f"kept_pools must be new for another {name}: pooled with {kept}, got {made_for[name]}")
 
+    def forget_from(self, first_query: int) -> None:
+        """Keys from a call's first query on, in tokens, are its own, whether it pools them or, with a window, does not."""
+        self._tokens = min(self._tokens, first_query)
+
     def extended(
         self,
         key: torch.Tensor,
         value: torch.Tensor,
         geometry: PrefillGeometry,
-        pool: Callable[[torch.Tensor, torch.Tensor, PrefillGeometry], Pools],
+        pool: Callable[[torch.Tensor, torch.Tensor, PrefillGeometry], tuple[torch.Tensor, ...]],
         made_for: dict[str, Any],
         together: int,
         row_tokens: tuple[int, ...],
-    ) -> Pools:
-        """What ``pool(key, value, geometry)`` gives, of which the part before the first query is taken from earlier calls.
+    ) -> tuple[torch.Tensor, ...]:
+        """What ``pool(key, value, geometry)`` gives, of which the part that is kept need not be pooled.
 
         Args:
             key: [B, Hkv, Skv, D].
             value: [B, Hkv, Skv, D].
             geometry: Of the call, without padding.
-            pool: Makes pools of keys and values.
-            made_for: All that pools depend on beside keys and values.
-            together: Tokens, of which multiples can be pooled apart.
-            row_tokens: How many tokens make a row, of each tensor of the pools.
+            pool: Pools keys and values, into tensors [B, Hkv, rows, D].
+            made_for: All that they depend on beside keys and values.
+            together: Tokens of which multiples may be pooled apart.
+            row_tokens: How many tokens make a row, for each of the tensors.
         """
-        first_query = geometry.query_offset
-        old = min(self._tokens, first_query) // together * together
-        rest = replace(geometry, kv_len=geometry.kv_len - old, query_offset=first_query - old)
+        old = self._tokens // together * together
+        rest = replace(geometry, kv_len=geometry.kv_len - old, query_offset=geometry.query_offset - old)
         pools = pool(key[:, :, old:], value[:, :, old:], rest)
         if old:
             parts = zip(self._pools, pools, row_tokens, strict=True)
             pools = tuple(torch.cat([kept[:, :, : old // tokens], new], 2) for kept, new, tokens in parts)
         # What stands behind the last query may not be the next call's.
-        self._tokens, self._made_for, self._pools = first_query + geometry.query_len, made_for, pools
+        self._tokens, self._made_for, self._pools = geometry.query_offset + geometry.query_len, made_for, pools
         return pools

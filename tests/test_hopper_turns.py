@@ -46,7 +46,7 @@ def place_of(geometry: PrefillGeometry, heads: int, number: int):
     return place(number, shape, None, geometry.valid_ranges is not None)
 
 
-class Counter:
+class TurnCounter:
     """The number of the next turn, in global memory, and how often it was asked for."""
 
     def __init__(self):
@@ -97,7 +97,7 @@ def test_turns_without_queries_are_passed_over():
     geometry = PrefillGeometry(3, 700, 900, 200, 128, ranges)
     tiles = geometry.query_blocks
     shape = (heads, 3 * heads, tiles, 0, 200, 700, 900)
-    counter = Counter()
+    counter = TurnCounter()
     counts = {(row * heads + head) * tiles + tile: 1 for row in range(3) for head in range(heads) for tile in range(tiles)}
 
     def place(number, *_):
@@ -107,11 +107,11 @@ def test_turns_without_queries_are_passed_over():
     is_empty = as_python(turns._is_empty, place_of=place, turns_of=turns_of, **CONSTANTS)
     gl = SimpleNamespace(**vars(GL), load=lambda row, mask, other: counts[row] if mask else other)
     length = as_python(turns._list_length, gl=gl, place_of=place)
-    gl.cdiv, gl.atomic_max = lambda a, b: -(-a // b), Counter.pass_over
+    gl.cdiv, gl.atomic_max = lambda a, b: -(-a // b), TurnCounter.pass_over
     after_empty = as_python(turns._after_empty, gl=gl, place_of=place, **CONSTANTS)
     draw = as_python(
         turns.draw_turn, gl=gl, _list_length=length, _is_empty=is_empty, _after_empty=after_empty, turns_of=turns_of,
-        next_number=Counter.next, **CONSTANTS,
+        next_number=TurnCounter.next, **CONSTANTS,
     )  # fmt: skip
     drawn = []
     while (found := draw(counter.next(), shape, None, counter, 0, True)) != (-1, 0):

@@ -111,6 +111,22 @@ def test_a_cache_may_be_cropped_and_grow_again(backend, device):
     assert same(chunks_of(*others, config, pools, (60, 140), first=600), expected, backend)
 
 
+@pytest.mark.parametrize("between", [{"sliding_window": 50}, {"backend": "reference"}], ids=str)
+def test_a_call_that_pools_nothing_counts_as_well(between, device):
+    """After a crop it fills the cache anew, and what was pooled there before must not come back."""
+    query, key, value, _ = CASE.tensors(device)
+    config, pools = replace(CONFIG, backend="torch"), KeptPools()
+    list(chunks_of(query, key, value, config, pools))
+    others = [tensor.clone() for tensor in (query, key, value)]
+    for tensor in others:
+        tensor[:, :, 500:].normal_()
+    window = {name: size for name, size in between.items() if name == "sliding_window"}
+    other = replace(config, backend=between.get("backend", "torch"))
+    list(chunks_of(*others, other, pools, (200,), first=500, **window))
+    expected = list(chunks_of(*others, config, None, (100,), first=700))
+    assert same(chunks_of(*others, config, pools, (100,), first=700), expected, "torch")
+
+
 def test_what_stands_behind_the_last_query_is_not_kept(backend, device):
     """As in a static cache, whose buffer is handed over whole."""
     query, key, value, _ = CASE.tensors(device)
@@ -135,7 +151,7 @@ def test_kept_pools_are_what_is_used(device):
     assert not torch.equal(found.output, list(chunks_of(query, changed, value, config, None, (100,), first=700))[0].output)
 
 
-def test_the_reference_and_windows_leave_them_alone(device):
+def test_the_reference_and_windows_pool_nothing(device):
     query, key, value, _ = (None if tensor is None else tensor[:, :, :300] for tensor in CASE.tensors(device))
     for options in ({"config": replace(CONFIG, backend="reference")}, {"config": CONFIG, "sliding_window": 50}):
         pools = KeptPools()
