@@ -15,6 +15,7 @@ from .patch import (
     unpatch_model,
     unpatched,
 )
+from .pooled_cache import PooledCache
 from .stats import LayerStats, PrefillStats, prefill_stats, reset_prefill_stats
 from .warming import LayerWarmup, WarmupReport, warmup
 
@@ -28,6 +29,7 @@ __all__ = [
     "LayerCalibration",
     "LayerStats",
     "LayerWarmup",
+    "PooledCache",
     "PrefillOutput",
     "PrefillStats",
     "UnsupportedModelError",
