@@ -41,11 +41,13 @@ def test_chunks_of_generate_pool_only_their_own(monkeypatch):
     tokens = counted_tokens(monkeypatch, torch_backend)
     expected = generated(model, DynamicCache(config=model.config), ids)
     sparse, density = prefill_stats(model).sparse_calls, prefill_stats(model).density
-    assert (sparse, tokens) == (10, [128, 128, 256, 256, 384, 384, 512, 512, 600, 600])
-    assert density < 0.7
+    # Two layers. transformers before 5 leaves the last token to the first step of decode.
+    assert tokens[::2] in ([128, 256, 384, 512, 600], [128, 256, 384, 512, 599])
+    assert (sparse, density < 0.7) == (10, True)
+    last = tokens[-1] - 512
     tokens.clear()
     assert_same(generated(model, PooledCache(model.config), ids), expected)
-    assert tokens == [128] * 8 + [88] * 2
+    assert tokens == [128] * 8 + [last] * 2
     assert prefill_stats(model).sparse_calls == 2 * sparse
 
 
@@ -54,25 +56,24 @@ def test_an_unpatched_model_does_not_notice():
     assert_same(generated(model, PooledCache(model.config), ids), generated(model, DynamicCache(config=model.config), ids))
 
 
-def test_a_conversation_goes_on_from_what_was_pooled(monkeypatch):
-    """Decoded tokens in between were pooled by nobody."""
-    model = patch_model(tiny_model(), **RULE)
-    first, second = prompt(length=200), prompt(length=240).flip(1)
-    outcomes, pooled = [], []
-    for cache in (DynamicCache(config=model.config), PooledCache(model.config)):
-        sequences, _ = generated(model, cache, first)
-        tokens = counted_tokens(monkeypatch, torch_backend)
-        outcomes.append(generated(model, cache, torch.cat([sequences, second], 1)))
-        pooled.append(tokens[::2])
-        monkeypatch.undo()
-    assert_same(*outcomes)
-    # The last new token is not in the cache yet, and what stands in the last, broken block is pooled again.
-    assert pooled == [[330, 443], [330 - 192, 443 - 320]]
-
-
 @torch.no_grad()
 def step(model, cache, ids, **options):
     return model(ids, past_key_values=cache, use_cache=True, **options).logits
+
+
+def test_a_conversation_goes_on_from_what_was_pooled(monkeypatch):
+    """Decoded tokens in between were pooled by nobody."""
+    model, outcomes = patch_model(tiny_model(), **RULE), []
+    for cache in (DynamicCache(config=model.config), PooledCache(model.config)):
+        step(model, cache, prompt(length=200))
+        for token in range(130):
+            step(model, cache, torch.tensor([[token]]))
+        tokens = counted_tokens(monkeypatch, torch_backend)
+        outcomes.append(step(model, cache, prompt(length=240).flip(1)))
+        monkeypatch.undo()
+    assert torch.equal(*outcomes)
+    # What stands in the first prompt's last, broken block is pooled again.
+    assert tokens[::2] == [570 - 192]
 
 
 def crop(cache):
