@@ -11,6 +11,9 @@ alpha is 1, which keeps next to nothing by score, and the local window is widene
 The probe runs in full all the same. The first call at a length is reported apart from the others: it compiles what no earlier
 length of this process has compiled, so the first length after an interruption has a slow one. ``--kernels`` also says which
 kernels the time goes to, patched and with free attention.
+
+``--chunk`` prefills in chunks of so many tokens, ``generate``'s ``prefill_chunk_size``. A fourth state, ``pooled cache``, is
+then the patched model with a ``PooledCache``, whose chunks pool only their own keys.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from eval import common, profiling, recording
 from eval.schema import Result
-from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
+from hf_flashprefill import FlashPrefillConfig, PooledCache, patched, prefill_stats, reset_prefill_stats
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
 
 SHAPES = {
@@ -64,6 +67,7 @@ SHAPES = {
     ),
 }
 NO_ATTENTION = "no_attention"
+POOLED_CACHE = "pooled_cache"
 
 
 def random_model(shape: str, device: str, dtype: str | None) -> PreTrainedModel:
@@ -107,10 +111,11 @@ def config_for_density(config: FlashPrefillConfig, length: int, density: float) 
 
 
 @torch.no_grad()
-def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """Wall time of ``generate`` up to its first token."""
+def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> float:
+    """Wall time of ``generate``, with these options, up to its first token."""
     started = time.perf_counter()
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
+    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, **options}
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     made[0, -1].item()
     return time.perf_counter() - started
 
@@ -121,21 +126,34 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"first_call_s": seconds[0], "median_s": statistics.median(later), "min_s": min(later), "max_s": max(later)}
 
 
-def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, repeats: int, with_kernels: bool = False) -> dict:
-    """First call and median of the later ones: unpatched, patched and with free attention, in turn. Kernels are those of one
-    more call."""
+def measure(
+    model: PreTrainedModel,
+    length: int,
+    config: FlashPrefillConfig,
+    repeats: int,
+    with_kernels: bool = False,
+    chunk: int | None = None,
+) -> dict:
+    """First call and median of the later ones: unpatched, patched and with free attention, in turn, and in chunks patched with
+    a PooledCache, too. Kernels are those of one more call."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator).to(model.device)
-    times: dict[str, list[float]] = {"unpatched": [], "patched": [], "free_attention": []}
+    options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    first_token = partial(first_token_seconds, model, ids, **options)
+    states = ["unpatched", "patched", "free_attention"] + ([] if chunk is None else [POOLED_CACHE])
+    times: dict[str, list[float]] = {state: [] for state in states}
     for _ in range(repeats + 1):
-        times["unpatched"].append(first_token_seconds(model, ids))
+        times["unpatched"].append(first_token())
         with patched(model, config=config):
             reset_prefill_stats(model)
-            times["patched"].append(first_token_seconds(model, ids))
+            times["patched"].append(first_token())
             stats = prefill_stats(model)
+            if chunk is not None:
+                times[POOLED_CACHE].append(first_token(past_key_values=PooledCache(model.config)))
         with free_attention(model):
-            times["free_attention"].append(first_token_seconds(model, ids))
-    row: dict = {"length": length, "density": stats.density, "dense_calls": stats.dense_calls, "settings": config.to_dict()}
+            times["free_attention"].append(first_token())
+    row: dict = {"length": length, "chunk": chunk, "density": stats.density, "dense_calls": stats.dense_calls}
+    row["settings"] = config.to_dict()
     row |= {state: spread(seconds) for state, seconds in times.items()}
     rest = row["free_attention"]["median_s"]
     row["speedup"] = row["unpatched"]["median_s"] / row["patched"]["median_s"]
@@ -143,10 +161,9 @@ def measure(model: PreTrainedModel, length: int, config: FlashPrefillConfig, rep
     row["attention_s"] = {state: row[state]["median_s"] - rest for state in ("unpatched", "patched")}
     if with_kernels:
         row["kernels"] = {}
-        call = partial(first_token_seconds, model, ids)
         for state, attention in (("patched", patched(model, config=config)), ("free_attention", free_attention(model))):
             with attention:
-                row["kernels"][state] = profiling.kernel_times(call, model.device, runs=1)
+                row["kernels"][state] = profiling.kernel_times(first_token, model.device, runs=1)
     return row
 
 
@@ -157,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of --model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
+    parser.add_argument("--chunk", type=int, help="tokens: prefill in chunks of so many")
     parser.add_argument("--repeats", type=int, default=3, help="measured calls after the first (default: %(default)s)")
     parser.add_argument("--kernels", action="store_true", help="profile one more call, patched and with free attention")
     parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
@@ -184,12 +202,14 @@ def densities_of(args: argparse.Namespace) -> list[float | None]:
 
 def report(result: Result, output: Path) -> None:
     """Print a table, where the JSON is, and the speed-ups as the last line."""
-    header = ["tokens", "density", "unpatched s", "patched s", "free attention s", "speed-up", "ceiling", "first calls s"]
+    header = ["tokens", "density", "unpatched s", "patched s", "pooled cache s", "free attention s", "speed-up", "ceiling"]
+    header += ["first calls s"]
+    states = ("unpatched", "patched", POOLED_CACHE, "free_attention")
     cells = [
         [
             str(row["length"]),
             common.format_density(row["density"]),
-            *(f"{row[state]['median_s']:.3f}" for state in ("unpatched", "patched", "free_attention")),
+            *(f"{row[state]['median_s']:.3f}" if state in row else "" for state in states),
             f"{row['speedup']:.2f}",
             f"{row['ceiling']:.2f}",
             f"{row['unpatched']['first_call_s']:.2f} / {row['patched']['first_call_s']:.2f}",
@@ -208,6 +228,8 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     if args.repeats < 1:
         raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
+    if args.chunk is not None and args.chunk < 1:
+        raise common.UsageError(f"--chunk must be at least 1 token, got {args.chunk}")
     base = common.check_config_arguments(args).resolved()
     tasks = list(zip(args.lengths, densities_of(args), strict=True))[: args.limit]
     if args.shape:
@@ -218,7 +240,7 @@ def main(argv: list[str]) -> int:
     def work(i: int) -> list[dict]:
         length, density = tasks[i]
         config = base if density is None else config_for_density(base, length, density)
-        return [measure(model, length, config, args.repeats, args.kernels)]
+        return [measure(model, length, config, args.repeats, args.kernels, args.chunk)]
 
     run = recording.model_run("ttft", args, args.shape or args.model, model, base)
     names = [f"{i}/{length}" for i, (length, _) in enumerate(tasks)]

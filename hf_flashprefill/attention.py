@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .audit import start_audit
 from .block_index import BlockIndex
 from .config import FlashPrefillConfig
-from .crossover import LayerShape, min_seq_len_for
+from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .functional import DTYPES, flash_prefill_attention
 from .masking import CausalMask, base_mask_for
@@ -167,7 +167,9 @@ def dense_reason(
     if query_len == 1:
         return "decode"
     shape = LayerShape(query.shape[1], key.shape[1], query.shape[3], query.dtype)
-    if query_len < min_seq_len_for(config, shape, query.device):
+    # Any other mask may be that of a call that was found too short before.
+    key_len = attention_mask.shape[1] if isinstance(attention_mask, CausalMask) else query_len
+    if not is_long_enough(config, min_seq_len_for(config, shape, query.device), query_len, key_len):
         return "shorter than min_seq_len"
     if getattr(module, "layer_idx", None) in config.dense_layers:
         return "dense layer"
@@ -191,7 +193,6 @@ def dense_reason(
         return "output_attentions"
     if not isinstance(attention_mask, CausalMask):
         return COMPILED_MASK if torch.compiler.is_compiling() else "mask is not plain causal"
-    key_len = attention_mask.shape[1]
     if key_len > key.shape[2]:
         return "mask is longer than the keys"
     window = kwargs.get("sliding_window") or key_len

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 
 from .config import FlashPrefillConfig
-from .crossover import min_seq_len_of_model
+from .crossover import AUTO, LEAST_CHUNK, is_long_enough, min_seq_len_of_model
 
 
 class CausalMask(torch.Tensor):
@@ -73,15 +73,26 @@ def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> A
         # generate() makes a static cache's mask before the model asks for it. As transformers does with a 4-D mask, take
         # what is there: it may be cut to a window's keys already.
         return arguments["attention_mask"]
-    query_length, _ = _query_span(arguments)
     mask = None
-    if query_length > 1 and query_length >= _min_seq_len(settings, arguments):
+    if _is_long_enough(settings, arguments):
         mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _causal_mask(arguments)
     return base_mask(base, **arguments) if mask is None else mask
 
 
+def _is_long_enough(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> bool:
+    """Whether any layer may run sparse. What is decided here too early, the layers decide once more."""
+    query_length, query_offset = _query_span(arguments)
+    if query_length == 1:
+        return False
+    key_length = query_length
+    # Where the queries stand may be a number on the device, which a short call need not wait for.
+    if settings.min_seq_len == AUTO and query_length >= LEAST_CHUNK and not torch.compiler.is_compiling():
+        key_length += int(query_offset) - int(arguments.get("kv_offset", 0))
+    return is_long_enough(settings, _min_seq_len(settings, arguments), query_length, key_length)
+
+
 def _min_seq_len(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> int:
-    """Tokens; no more than any layer needs to run sparse. What is decided here too early, the layers decide once more."""
+    """Tokens; no more than any layer needs to run sparse."""
     model_config, device = arguments.get("config"), _device(arguments)
     dtype = arguments.get("dtype") or getattr(model_config, "dtype", None) or torch.get_default_dtype()
     return min_seq_len_of_model(settings, model_config, dtype, device)

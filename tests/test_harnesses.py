@@ -8,6 +8,7 @@ import torch
 from eval import common, layout_speed, operator_speed, train_recall, ttft, vllm_ttft
 from eval.haystack import standard_library_text
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+from hf_flashprefill.backends import torch as torch_backend
 
 
 def test_operator_speed_measures_and_records(tmp_path, capsys):
@@ -165,6 +166,24 @@ def test_ttft_counts_and_compares(tmp_path):
     assert "aten::mm" in kernels["patched"] & kernels["free_attention"]
 
 
+def test_ttft_in_chunks(tmp_path, monkeypatch):
+    pooled, pool = [], torch_backend.pool_keys_and_values
+    monkeypatch.setattr(
+        torch_backend, "pool_keys_and_values", lambda key, *rest: pooled.append(key.shape[2]) or pool(key, *rest)
+    )
+    path = tmp_path / "ttft.json"
+    options = ["--lengths", "600", "--chunk", "256", "--repeats", "1", "--min-seq-len", "1", "--device", "cpu"]
+    assert ttft.main([*options, "--output", str(path)]) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert (row["chunk"], row["dense_calls"]) == (256, {})
+    assert row["pooled_cache"]["median_s"] > 0
+    layers = len(pooled) // 12
+    # Patched, then with a PooledCache, twice; transformers before 5 leaves the last token to the first step of decode.
+    by_call = pooled[::layers]
+    assert by_call[:6] == [256, 512, by_call[2], 256, 256, by_call[2] - 512] == by_call[6:]
+    assert by_call[2] in (600, 599)
+
+
 REFUSED = [["--density", "2"], ["--density", "published", "--lengths", "1000"], ["--repeats", "0"]]
 
 
@@ -174,7 +193,7 @@ def test_vllm_ttft_refuses(arguments):
         vllm_ttft.main(arguments)
 
 
-@pytest.mark.parametrize("arguments", REFUSED)
+@pytest.mark.parametrize("arguments", [*REFUSED, ["--chunk", "0"]])
 def test_ttft_refuses(arguments):
     with pytest.raises(common.UsageError, match=arguments[0]):
         ttft.main(arguments)

@@ -19,7 +19,7 @@ OPTIONS = {
     layout_speed: [*LENGTHS, "--device", "cpu", "--seconds", "0"],
 }
 ARGUMENTS = {
-    ttft: {"lengths", "density", "repeats", "kernels", "limit"},
+    ttft: {"lengths", "density", "chunk", "repeats", "kernels", "limit"},
     operator_speed: {"lengths", "densities", "head_dims", "batches", "heads", "kv_heads", "dense_tail_blocks", "selectors"}
     | {"audit_rows", "baselines", "portable", "seconds", "limit"},
     layout_speed: {"lengths", "density", "chunk", "heads", "kv_heads", "head_dim", "seconds", "kernels", "limit"},

@@ -21,6 +21,10 @@ import torch
 
 from ..config import AUTO, FlashPrefillConfig
 
+# Tokens. With "auto" a chunk of fewer queries stays dense however many keys it sees: its last query blocks list them all.
+# One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, defaults: 512 queries after 256K keys take half of the dense
+# time, 256 as long as FlashAttention's and half of the time with a mask (benchmarks/results/chunks-2026-11-29-h200.txt).
+LEAST_CHUNK = 512
 # More tokens than any prompt has.
 NEVER = 1 << 40
 # What a measurement leaves out, it holds for; these settings decide what the operator costs.
@@ -78,6 +82,26 @@ def min_seq_len_for(config: FlashPrefillConfig, shape: LayerShape, device: torch
     if config.min_seq_len != AUTO:
         return config.min_seq_len
     return _resolved_constant(rule_of(config), *shape, device)
+
+
+def is_long_enough(config: FlashPrefillConfig, min_seq_len: int, query_len: int, key_len: int) -> bool:
+    """Whether a call runs sparse as far as its length decides.
+
+    A number in the config is compared with the queries. With ``"auto"`` a chunk counts as the whole prompt whose queries see as
+    many keys, query_len * (key_len - query_len / 2): that takes dense attention as long, and the density at its end is less. In
+    a compiled graph, which should not depend on how the two lengths are related, it counts as a prompt of its queries.
+
+    Args:
+        config: The settings.
+        min_seq_len: Tokens, what ``min_seq_len_for`` says.
+        query_len: Tokens.
+        key_len: Tokens up to the last query, those of a cache included.
+    """
+    if query_len >= min_seq_len:
+        return True
+    if config.min_seq_len != AUTO or query_len < LEAST_CHUNK or torch.compiler.is_compiling():
+        return False
+    return query_len * (2 * key_len - query_len) >= min_seq_len**2
 
 
 def min_seq_len_of_model(config: FlashPrefillConfig, model_config: Any, dtype: torch.dtype, device: torch.device) -> int:

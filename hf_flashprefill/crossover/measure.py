@@ -111,21 +111,28 @@ def first_lasting_win(lengths: Sequence[int], wins: Callable[[int], bool]) -> in
     return first
 
 
-def time_attention(shape: LayerShape, device: torch.device, config: FlashPrefillConfig, length: int) -> tuple[float, float]:
-    """Median milliseconds of dense and of sparse attention of one prompt of ``length`` random tokens."""
-    config = config.resolved()
+def time_attention(
+    shape: LayerShape, device: torch.device, config: FlashPrefillConfig, length: int, query_len: int | None = None
+) -> tuple[float, float]:
+    """Median milliseconds of dense and of sparse attention of one prompt of ``length`` random tokens, or of a chunk of it, its
+    last ``query_len`` ones, which dense attention gets a mask for, as in transformers."""
+    config, query_len = config.resolved(), length if query_len is None else query_len
     # Query as a projection leaves it, tokens before heads; key and value as a cache does.
     random = functools.partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
-    query = random(1, length, shape.heads, shape.head_dim).to(shape.dtype).transpose(1, 2)
+    query = random(1, query_len, shape.heads, shape.head_dim).to(shape.dtype).transpose(1, 2)
     key, value = random(2, 1, shape.kv_heads, length, shape.head_dim).to(shape.dtype).unbind()
-    geometry = PrefillGeometry(1, length, length, 0, config.block_size)
+    geometry = PrefillGeometry(1, query_len, length, length - query_len, config.block_size)
     index = imposed_index(geometry, shape.heads, assumed_density(length), device, config.dense_tail_blocks)
     backend, rule, scale = resolve_backend(config.backend, query), selection_rule(config), shape.head_dim**-0.5
     selecting = selecting_backend(config.selector, backend)
     blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
 
+    mask = None
+    if query_len < length:
+        mask = torch.ones(query_len, length, dtype=torch.bool, device=device).tril(length - query_len)[None, None]
+
     def dense() -> None:
-        F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
     def sparse() -> None:
         pooled, means = pool_inputs(key, value, geometry, config, backend)
@@ -152,19 +159,21 @@ def assumed_density(length: int) -> float:
 def imposed_index(
     geometry: PrefillGeometry, heads: int, density: float, device: torch.device, dense_tail_blocks: int = 2
 ) -> BlockIndex:
-    """Lists of the given density: 2 sink blocks, 4 window blocks, the last query blocks in full, the rest at random.
+    """Lists of the given density: 2 sink blocks, 4 window blocks, the last query blocks in full, the rest at random. The last
+    query is the last key's.
 
     What is kept in any case is the least density there can be: .12 at 16K tokens with two dense tail blocks.
     """
     count = geometry.key_blocks
-    tile, block = torch.arange(count, device=device)[:, None], torch.arange(count, device=device)[None, :]
+    tile, block = torch.arange(geometry.query_blocks, device=device)[:, None], torch.arange(count, device=device)[None, :]
+    tile = tile + geometry.query_offset // geometry.block_size
     causal = block <= tile
     forced = ((block < 2) | (tile - block < 4) | (tile >= count - dense_tail_blocks)) & causal
     free = (causal.sum() - forced.sum()).item()
     chance = max(0.0, density * causal.sum().item() - forced.sum().item()) / max(free, 1)
     generator = torch.Generator(device).manual_seed(0)
     # A head at a time: at 256K tokens all heads together would need gigabytes of random numbers.
-    chosen = [torch.rand(count, count, device=device, generator=generator) < chance for _ in range(heads)]
+    chosen = [torch.rand(causal.shape, device=device, generator=generator) < chance for _ in range(heads)]
     mask = torch.stack([(choice & causal) | forced for choice in chosen])
     return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
 

@@ -1,0 +1,162 @@
+"""min_seq_len="auto" in chunks: how long a chunk is depends on the keys that it sees, and the layers and the mask agree."""
+
+import json
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from hf_flashprefill import FlashPrefillConfig, patch_model, prefill_stats
+from hf_flashprefill.backends import torch as torch_backend
+from hf_flashprefill.crossover import LEAST_CHUNK, NEVER, Crossover, LayerShape, is_long_enough, known, measure
+from hf_flashprefill.crossover import __main__ as command
+from hf_flashprefill.support.situations import prompt
+from tests.inputs import tiny_model
+from tests.tolerance import assert_same_output
+
+CPU = torch.device("cpu")
+SHAPE = LayerShape(4, 2, 32, torch.float32)  # of tiny_model()
+AUTO = FlashPrefillConfig(alpha=0, block_size=64)
+CHUNK = 600
+SPARSE_FROM = 2000
+# 600 * (2 * 3634 - 600) is the first product of at least 2000 * 2000: the seventh chunk.
+DENSE_CHUNKS = 6
+
+
+@pytest.fixture(autouse=True)
+def _measured(tmp_path, monkeypatch):
+    """Sparse prefill of tiny_model() was faster from 2000 tokens on."""
+    monkeypatch.setenv("HF_FLASHPREFILL_CACHE", str(tmp_path))
+    known.reload()
+    known.remember(known.rule_of(AUTO), SHAPE, CPU, Crossover(SPARSE_FROM, 65536, True))
+    yield
+    known.reload()
+
+
+@pytest.mark.parametrize(
+    ("query_len", "key_len", "expected"),
+    [
+        (2000, 2000, True),
+        (1999, 1999, False),
+        (1999, 2001, True),
+        (600, 3633, False),
+        (600, 3634, True),
+        (LEAST_CHUNK, 1 << 20, True),
+        (LEAST_CHUNK - 1, 1 << 20, False),
+    ],
+)
+def test_a_chunk_counts_as_the_prompt_with_as_many_pairs(query_len, key_len, expected):
+    assert is_long_enough(AUTO, SPARSE_FROM, query_len, key_len) is expected
+    number = FlashPrefillConfig(min_seq_len=SPARSE_FROM)
+    assert is_long_enough(number, SPARSE_FROM, query_len, key_len) is (query_len >= SPARSE_FROM)
+    assert not is_long_enough(AUTO, NEVER, query_len, key_len)
+
+
+def chunked(model, cache, chunks=8, **options) -> torch.Tensor:
+    """Logits of all chunks of a prompt."""
+    ids = prompt(length=chunks * CHUNK)
+    steps = [(at, at + CHUNK) for at in range(0, ids.shape[1], CHUNK)]
+    with torch.no_grad():
+        # transformers before 5.4 wants to be told where a static cache continues; later versions ignore it.
+        logits = [
+            model(ids[:, a:b], past_key_values=cache, use_cache=True, cache_position=torch.arange(a, b), **options).logits
+            for a, b in steps
+        ]
+    return torch.cat(logits, 1)
+
+
+CACHES = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=8 * CHUNK + 5),
+}
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_later_chunks_run_sparse(kind, base):
+    model = tiny_model(implementation=base)
+    expected = chunked(model, CACHES[kind](model.config))
+    patch_model(model, config=AUTO)
+    assert_same_output(chunked(model, CACHES[kind](model.config)), expected)
+    stats = prefill_stats(model)
+    assert stats.sparse_calls == 2 * (8 - DENSE_CHUNKS)
+    assert stats.dense_calls == {"shorter than min_seq_len": 2 * DENSE_CHUNKS}
+
+
+def test_a_number_is_compared_with_the_queries():
+    model = patch_model(tiny_model(), config=AUTO, min_seq_len=CHUNK + 1)
+    chunked(model, DynamicCache(config=model.config))
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 16}
+
+
+def test_padding_in_front_is_not_in_the_way():
+    model, mask = tiny_model(), torch.ones(1, 8 * CHUNK, dtype=torch.long)
+    mask[:, :100] = 0
+    outcomes = []
+    for is_patched in (False, True):
+        if is_patched:
+            patch_model(model, config=AUTO)
+        cache, parts = DynamicCache(config=model.config), []
+        for end in range(CHUNK, 8 * CHUNK + 1, CHUNK):
+            with torch.no_grad():
+                ids = prompt(length=8 * CHUNK)[:, end - CHUNK : end]
+                parts.append(model(ids, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True).logits)
+        outcomes.append(torch.cat(parts, 1)[:, 100:])
+    assert_same_output(*outcomes)
+    assert prefill_stats(model).sparse_calls == 2 * (8 - DENSE_CHUNKS)
+
+
+def test_a_windows_keys_are_what_counts():
+    """A cache that forgets leaves a layer few keys: 600 queries of a window of 50 tokens are never many pairs."""
+    model = tiny_model("mistral")
+    assert model.config.sliding_window < CHUNK
+    expected = chunked(model, DynamicCache(config=model.config))
+    patch_model(model, config=AUTO)
+    assert_same_output(chunked(model, DynamicCache(config=model.config)), expected)
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 16}
+
+
+def test_generate_in_chunks_runs_sparse_by_default():
+    model, ids = tiny_model(), prompt(length=8 * CHUNK)
+    options = {"prefill_chunk_size": CHUNK, "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    options |= {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **options)
+    got = patch_model(model, config=AUTO).generate(ids, **options)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        assert_same_output(ours, theirs)
+    assert prefill_stats(model).sparse_calls == 2 * (8 - DENSE_CHUNKS)
+
+
+def test_the_clock_times_chunks_at_the_assumed_density(monkeypatch):
+    seen, attend = [], torch_backend.attend_blocks
+
+    def spy(query, key, value, index, **options):
+        geometry = index.geometry
+        seen.append((geometry.query_len, geometry.kv_len, geometry.query_offset, index.density()))
+        attend(query, key, value, index, **options)
+
+    monkeypatch.setattr(torch_backend, "attend_blocks", spy)
+    dense, sparse = measure.time_attention(SHAPE, CPU, FlashPrefillConfig(), 8192, 1024)
+    assert min(dense, sparse) > 0
+    *lengths, density = seen[0]
+    assert lengths == [1024, 8192, 7168]
+    # Two of the eight query blocks are in full.
+    assert density == pytest.approx(0.46, abs=0.02)
+
+
+def test_the_command_times_chunks_and_keeps_nothing(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "time_attention", lambda *call: asked.append(call[3:]) or (4.0, 2.0))
+    before = known.cache_file().read_text()
+    arguments = ["--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--device", "cpu", "--query-len"]
+    assert command.main([*arguments, "4000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert asked == [(length, 4000) for length in (4096, 6144, 8192, 12288, 16384, 32768, 65536)]
+    assert [int(line.split()[0]) for line in lines[2:-1]] == [length for length, _ in asked]
+    assert json.loads(lines[-1])["timings"][0] == [4096, 4.0, 2.0]
+    assert known.cache_file().read_text() == before
+    for wrong in (["0"], ["4000", "--max-seq-len", "3000"]):
+        with pytest.raises(SystemExit) as stopped:
+            command.main(arguments + wrong)
+        assert stopped.value.code == 2
+        assert "--query-len must be at least 1" in capsys.readouterr().err.splitlines()[-1]
