@@ -12,8 +12,7 @@ The probe runs in full all the same. The first call at a length is reported apar
 length of this process has compiled, so the first length after an interruption has a slow one. ``--kernels`` also says which
 kernels the time goes to, patched and with free attention.
 
-``--chunk`` prefills in chunks of so many tokens, ``generate``'s ``prefill_chunk_size``. A fourth state, ``pooled cache``, is
-then the patched model with a ``PooledCache``, whose chunks pool only their own keys.
+``--chunk`` prefills in chunks of so many tokens, ``generate``'s ``prefill_chunk_size``.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from eval import common, profiling, recording
 from eval.schema import Result
-from hf_flashprefill import FlashPrefillConfig, PooledCache, patched, prefill_stats, reset_prefill_stats
+from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
 
 SHAPES = {
@@ -67,7 +66,6 @@ SHAPES = {
     ),
 }
 NO_ATTENTION = "no_attention"
-POOLED_CACHE = "pooled_cache"
 
 
 def random_model(shape: str, device: str, dtype: str | None) -> PreTrainedModel:
@@ -111,10 +109,10 @@ def config_for_density(config: FlashPrefillConfig, length: int, density: float) 
 
 
 @torch.no_grad()
-def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> float:
-    """Wall time of ``generate``, with these options, up to its first token."""
+def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor, chunk: int | None = None) -> float:
+    """Wall time of ``generate`` up to its first token; of a prefill in chunks of so many tokens, if a number is given."""
     started = time.perf_counter()
-    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, **options}
+    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": chunk}
     made = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     made[0, -1].item()
     return time.perf_counter() - started
@@ -134,22 +132,18 @@ def measure(
     with_kernels: bool = False,
     chunk: int | None = None,
 ) -> dict:
-    """First call and median of the later ones: unpatched, patched and with free attention, in turn, and in chunks patched with
-    a PooledCache, too. Kernels are those of one more call."""
+    """First call and median of the later ones: unpatched, patched and with free attention, in turn. Kernels are those of one
+    more call."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator).to(model.device)
-    options = {} if chunk is None else {"prefill_chunk_size": chunk}
-    first_token = partial(first_token_seconds, model, ids, **options)
-    states = ["unpatched", "patched", "free_attention"] + ([] if chunk is None else [POOLED_CACHE])
-    times: dict[str, list[float]] = {state: [] for state in states}
+    first_token = partial(first_token_seconds, model, ids, chunk)
+    times: dict[str, list[float]] = {"unpatched": [], "patched": [], "free_attention": []}
     for _ in range(repeats + 1):
         times["unpatched"].append(first_token())
         with patched(model, config=config):
             reset_prefill_stats(model)
             times["patched"].append(first_token())
             stats = prefill_stats(model)
-            if chunk is not None:
-                times[POOLED_CACHE].append(first_token(past_key_values=PooledCache(model.config)))
         with free_attention(model):
             times["free_attention"].append(first_token())
     row: dict = {"length": length, "chunk": chunk, "density": stats.density, "dense_calls": stats.dense_calls}
@@ -202,14 +196,12 @@ def densities_of(args: argparse.Namespace) -> list[float | None]:
 
 def report(result: Result, output: Path) -> None:
     """Print a table, where the JSON is, and the speed-ups as the last line."""
-    header = ["tokens", "density", "unpatched s", "patched s", "pooled cache s", "free attention s", "speed-up", "ceiling"]
-    header += ["first calls s"]
-    states = ("unpatched", "patched", POOLED_CACHE, "free_attention")
+    header = ["tokens", "density", "unpatched s", "patched s", "free attention s", "speed-up", "ceiling", "first calls s"]
     cells = [
         [
             str(row["length"]),
             common.format_density(row["density"]),
-            *(f"{row[state]['median_s']:.3f}" if state in row else "" for state in states),
+            *(f"{row[state]['median_s']:.3f}" for state in ("unpatched", "patched", "free_attention")),
             f"{row['speedup']:.2f}",
             f"{row['ceiling']:.2f}",
             f"{row['unpatched']['first_call_s']:.2f} / {row['patched']['first_call_s']:.2f}",

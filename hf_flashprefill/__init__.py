@@ -15,7 +15,6 @@ from .patch import (
     unpatch_model,
     unpatched,
 )
-from .pooled_cache import PooledCache
 from .stats import LayerStats, PrefillStats, prefill_stats, reset_prefill_stats
 from .warming import LayerWarmup, WarmupReport, warmup
 
@@ -29,7 +28,6 @@ __all__ = [
     "LayerCalibration",
     "LayerStats",
     "LayerWarmup",
-    "PooledCache",
     "PrefillOutput",
     "PrefillStats",
     "UnsupportedModelError",

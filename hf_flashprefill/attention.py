@@ -23,7 +23,6 @@ from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .functional import DTYPES, flash_prefill_attention
 from .masking import CausalMask, base_mask_for
-from .pooled_cache import pools_of
 from .stats import record_compiled_sparse, record_dense, record_sparse
 
 logger = logging.get_logger(__name__)
@@ -93,7 +92,6 @@ def prefill_attention(
     """Attention of one layer: query [B, Hq, Sq, D], key and value [B, Hkv, Skv, D] -> [B, Sq, Hq, D] and the weights, if
     the dense implementation gave any."""
     reason = dense_reason(settings.config, module, query, key, value, attention_mask, dropout, kwargs)
-    cached = (key, value)
     if isinstance(attention_mask, CausalMask):
         # A static cache hands over its whole buffer; the mask knows how much of it is filled.
         key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
@@ -106,16 +104,15 @@ def prefill_attention(
         return dense_attention(
             settings.base, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    sparse = _compiled_sparse_attention if torch.compiler.is_compiling() else _sparse_attention
     what_is_seen = (attention_mask.valid_ranges(), type(attention_mask).sliding_window, kwargs.get("s_aux"))
-    if torch.compiler.is_compiling():
-        return _compiled_sparse_attention(settings, module, query, key, value, scaling, *what_is_seen), None
-    return _sparse_attention(settings, module, query, key, value, scaling, *what_is_seen, cached), None
+    return sparse(settings, module, query, key, value, scaling, *what_is_seen), None
 
 
 # After a graph break dynamo would compile this alone, though it was called because nothing is being compiled.
 @torch.compiler.disable
-def _sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks, cached) -> torch.Tensor:
-    (config, text), record = settings.of_layer(module), record_sparse(module)
+def _sparse_attention(settings, module, query, key, value, scale, valid_ranges, sliding_window, sinks) -> torch.Tensor:
+    config, record = settings.of_layer(module).config, record_sparse(module)
     audit = start_audit(config, query, key, scale, sliding_window, sinks)
 
     def on_index(index: BlockIndex) -> None:
@@ -132,8 +129,6 @@ def _sparse_attention(settings, module, query, key, value, scale, valid_ranges, 
         valid_ranges=valid_ranges,
         sliding_window=sliding_window,
         sinks=sinks,
-        # Where a padded row's pools begin only the device knows.
-        kept_pools=pools_of(*cached, text) if valid_ranges is None else None,
         on_index=on_index,
     )
     if audit is not None:

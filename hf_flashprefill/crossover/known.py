@@ -21,9 +21,9 @@ import torch
 
 from ..config import AUTO, FlashPrefillConfig
 
-# Tokens. With "auto" a chunk of fewer queries stays dense however many keys it sees: its last query blocks list them all.
-# One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, defaults: 512 queries after 256K keys take half of the dense
-# time, 256 as long as FlashAttention's and half of the time with a mask (benchmarks/results/chunks-2026-11-29-h200.txt).
+# Tokens. With "auto" a chunk of fewer queries stays dense however many keys it sees: its last two query blocks list them all.
+# One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, defaults: chunks of 512 to 8192 queries that count as 12288
+# tokens or more took at most .6 of the dense time (benchmarks/results/chunks-2026-11-29-h200.txt).
 LEAST_CHUNK = 512
 # More tokens than any prompt has.
 NEVER = 1 << 40

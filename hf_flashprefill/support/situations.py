@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
-from ..pooled_cache import PooledCache
 from .families import VOCABULARY, tiny_model
 
 LENGTH = 160
@@ -187,12 +186,6 @@ def generate(model):
 @_situation("generate with prefill_chunk_size")
 def generate_in_chunks(model):
     return _generated(model, prompt(2), padding("left"), prefill_chunk_size=60)
-
-
-@_situation("generate with prefill_chunk_size and a PooledCache")
-def generate_in_chunks_that_keep_pools(model):
-    cache = PooledCache(model.config)
-    return _generated(model, prompt(), torch.ones_like(prompt()), prefill_chunk_size=60, past_key_values=cache)
 
 
 @_situation("generate with a static cache")
