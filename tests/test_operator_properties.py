@@ -157,7 +157,7 @@ def test_soak(backend, device, soak_cases, capsys):
         nonlocal done
         check(call, backend, device)
         done += 1
-        if done % 100 == 0 or done == cases:
+        if done % 20 == 0 or done == cases:
             with capsys.disabled():
                 print(f"{backend} on {device}: {done} random calls of seed {number} hold", flush=True)
 
