@@ -19,6 +19,7 @@ def pytest_addoption(parser):
         "--soak-cases", type=int, default=int(os.environ.get("SOAK_CASES", 10_000)), help="random calls per soak test"
     )
     parser.addoption("--soak-seed", type=int, default=int(os.environ.get("SOAK_SEED", 0)), help="which random calls")
+    parser.addoption("--soak-variant", type=int, help="on a GPU, the only one of strategies.GPU_VARIANTS to call")
 
 
 def pytest_collection_modifyitems(items):
@@ -43,8 +44,8 @@ def _no_measurements_of_this_machine(tmp_path_factory):
 
 @pytest.fixture
 def soak_cases(request):
-    """How many random calls a soak test makes, and their seed."""
-    return request.config.getoption("--soak-cases"), request.config.getoption("--soak-seed")
+    """How many random calls a soak test makes, their seed, and the only variant that they call on a GPU, or None."""
+    return tuple(request.config.getoption(f"--soak-{name}") for name in ("cases", "seed", "variant"))
 
 
 @pytest.fixture(autouse=True)

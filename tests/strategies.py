@@ -209,10 +209,11 @@ GPU_LAYOUTS = tuple(
 ) + (Layout((0, 1, 3, 2)),)
 
 
-def random_calls(backend: str, device: torch.device, tokens: int) -> st.SearchStrategy[Call]:
-    """Calls that the backend can serve on the device."""
+def random_calls(backend: str, device: torch.device, tokens: int, variant: int | None = None) -> st.SearchStrategy[Call]:
+    """Calls that the backend can serve on the device; on a GPU only of one of ``GPU_VARIANTS``, if its number is given."""
     if device.type == "cuda":
-        return calls(st.sampled_from(GPU_VARIANTS), 4 * tokens, st.sampled_from(GPU_LAYOUTS))
+        chosen = GPU_VARIANTS if variant is None else GPU_VARIANTS[variant : variant + 1]
+        return calls(st.sampled_from(chosen), 4 * tokens, st.sampled_from(GPU_LAYOUTS))
     if backend == "triton":
         # The interpreter multiplies bfloat16 matrices wrongly.
         return calls(variants((8, 24, 64, 80), (torch.float32, torch.float16)), tokens)

@@ -146,13 +146,13 @@ def test_random_calls(backend, examples, tokens, device):
 @pytest.mark.soak
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_soak(backend, device, soak_cases, capsys):
-    """Another --soak-seed gives other calls."""
-    cases, number = soak_cases
+    """Another --soak-seed gives other calls; a process for each --soak-variant does not compile what another does."""
+    cases, number, variant = soak_cases
     done = 0
 
     @seed(number)
     @settings(max_examples=cases, **QUIET)
-    @given(random_calls(backend, device, 160 if backend == "torch" else 80))
+    @given(random_calls(backend, device, 160 if backend == "torch" else 80, variant))
     def holds(call):
         nonlocal done
         check(call, backend, device)
