@@ -10,6 +10,7 @@ from hf_flashprefill import FlashPrefillConfig, patch_model, prefill_stats
 from hf_flashprefill.backends import torch as torch_backend
 from hf_flashprefill.crossover import LEAST_CHUNK, NEVER, Crossover, LayerShape, is_long_enough, known, measure
 from hf_flashprefill.crossover import __main__ as command
+from hf_flashprefill.masking import _TAKES_CACHE_POSITION
 from hf_flashprefill.support.situations import prompt
 from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
@@ -63,6 +64,20 @@ def chunked(model, cache, chunks=8, **options) -> torch.Tensor:
             for a, b in steps
         ]
     return torch.cat(logits, 1)
+
+
+@pytest.mark.skipif(_TAKES_CACHE_POSITION, reason="before transformers 5.4 masks cannot be made in a graph")
+@torch.no_grad()
+def test_in_a_graph_a_chunk_counts_its_queries():
+    model = patch_model(tiny_model(), config=AUTO)
+    cache = DynamicCache(config=model.config)
+    model(prompt(length=8 * CHUNK), past_key_values=cache, use_cache=True)
+    before, compiled = prefill_stats(model).sparse_calls, torch.compile(model, backend="eager")
+    compiled(prompt(length=CHUNK), past_key_values=cache, use_cache=True)
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (before, {"shorter than min_seq_len": 2})
+    model(prompt(length=CHUNK), past_key_values=cache, use_cache=True)
+    assert prefill_stats(model).sparse_calls == before + 2
 
 
 CACHES = {
@@ -155,8 +170,8 @@ def test_the_command_times_chunks_and_keeps_nothing(capsys, monkeypatch):
     assert [int(line.split()[0]) for line in lines[2:-1]] == [length for length, _ in asked]
     assert json.loads(lines[-1])["timings"][0] == [4096, 4.0, 2.0]
     assert known.cache_file().read_text() == before
-    for wrong in (["0"], ["4000", "--max-seq-len", "3000"]):
+    for wrong in (["0"], ["4000", "--max-seq-len", "3999"], ["70000"], ["1", "--max-seq-len", "1"]):
         with pytest.raises(SystemExit) as stopped:
             command.main(arguments + wrong)
         assert stopped.value.code == 2
-        assert "--query-len must be at least 1" in capsys.readouterr().err.splitlines()[-1]
+        assert "--query-len must be from 1 to the longest length timed" in capsys.readouterr().err.splitlines()[-1]

@@ -15,13 +15,14 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..config import SELECTORS, FlashPrefillConfig
 from ..functional import DTYPES
 from .known import LayerShape, cache_file
-from .measure import assumed_density, lengths_to_time, measure_crossover, time_attention
+from .measure import assumed_density, chunk_lengths, measure_crossover, time_attention
 
 HEADER = " tokens  density  dense ms sparse ms  speed-up"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--selector", choices=SELECTORS, default=FlashPrefillConfig().selector)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--max-seq-len", type=int, help="tokens (default: 65536 on a GPU, 16384 on a CPU)")
+    parser.add_argument("--max-seq-len", type=int, help="tokens (default: 65536 on a GPU, 16384 on a CPU; chunks: 4 times)")
     parser.add_argument("--query-len", type=int, help="tokens: time chunks of so many queries and keep nothing")
     return parser
 
@@ -46,28 +47,15 @@ def tell(length: int, dense: float, sparse: float) -> None:
     print(f"{length:7d} {assumed_density(length):8.3f} {dense:9.3f} {sparse:9.3f} {dense / sparse:9.2f}", flush=True)
 
 
-def time_chunks(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    shape: LayerShape,
-    device: torch.device,
-    config: FlashPrefillConfig,
-) -> int:
-    """Tell the times of chunks of ``--query-len`` queries at every length."""
-    lengths = [length for length in lengths_to_time(device, args.max_seq_len) if length >= max(args.query_len, 1)]
-    # Twice and four times what whole prompts are timed at: a chunk takes less.
-    longest = lengths_to_time(device)[-1]
-    lengths += [length for length in (2 * longest, 4 * longest) if args.query_len <= length <= (args.max_seq_len or length)]
-    if args.query_len < 1 or not lengths:
-        parser.error(f"--query-len must be at least 1 and at most --max-seq-len, got {args.query_len}")
-    print(f"chunks of {args.query_len} queries\n{HEADER}")
+def time_chunks(query_len: int, lengths: Sequence[int], time_length: Callable[[int, int], tuple[float, float]]) -> None:
+    """Tell the times of chunks of so many queries at every length."""
+    print(f"chunks of {query_len} queries\n{HEADER}")
     timings = []
     for length in lengths:
-        times = time_attention(shape, device, config, length, args.query_len)
+        times = time_length(length, query_len)
         tell(length, *times)
         timings.append([length, *(round(milliseconds, 4) for milliseconds in times)])
-    print(json.dumps({"query_len": args.query_len, "timings": timings}))
-    return 0
+    print(json.dumps({"query_len": query_len, "timings": timings}))
 
 
 def main(argv: list[str]) -> int:
@@ -81,9 +69,13 @@ def main(argv: list[str]) -> int:
         parser.error(f"--kv-heads must be at least 1 and divide --heads {args.heads}, got {args.kv_heads}; --head-dim >= 1")
     dtype = DTYPE_NAMES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     shape, config = LayerShape(args.heads, args.kv_heads, args.head_dim, dtype), FlashPrefillConfig(selector=args.selector)
-    if args.query_len is not None:
-        return time_chunks(parser, args, shape, device, config)
     timed = functools.partial(time_attention, shape, device, config)
+    if args.query_len is not None:
+        lengths = chunk_lengths(device, args.max_seq_len)
+        if not 1 <= args.query_len <= max(lengths, default=0):
+            parser.error(f"--query-len must be from 1 to the longest length timed, of {lengths}, got {args.query_len}")
+        time_chunks(args.query_len, [length for length in lengths if length >= args.query_len], timed)
+        return 0
 
     def timed_and_told(length: int) -> tuple[float, float]:
         times = timed(length)

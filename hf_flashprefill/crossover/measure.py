@@ -97,6 +97,13 @@ def lengths_to_time(device: torch.device, max_seq_len: int | None = None) -> tup
     return tuple(length for length in lengths if max_seq_len is None or length <= max_seq_len)
 
 
+def chunk_lengths(device: torch.device, max_seq_len: int | None = None) -> tuple[int, ...]:
+    """Tokens that a chunk may see, rising, none above ``max_seq_len``: to four times a whole prompt's; a chunk costs less."""
+    lengths = lengths_to_time(device)
+    lengths += (2 * lengths[-1], 4 * lengths[-1])
+    return tuple(length for length in lengths if max_seq_len is None or length <= max_seq_len)
+
+
 def first_lasting_win(lengths: Sequence[int], wins: Callable[[int], bool]) -> int | None:
     """The first of the rising ``lengths`` that wins together with the next two, or with those that are left; None if none
     does. Each length is asked once, and none after the answer is clear."""
