@@ -66,7 +66,7 @@ class FlashPrefillConfig:
             correction of FlashPrefill V2; 8 leaves an eighth of the means to attend and answers as well (docs/results.md).
         min_seq_len: Tokens. A model's call with fewer queries than this stays dense, >= 0; or ``"auto"``: from where sparse
             prefill was faster when ``warmup`` measured it on this machine, else 12288 tokens on Hopper GPUs, 8192 on CPUs and
-            16384 on other GPUs and for small layers. With ``"auto"`` a chunk of 512 or more queries counts as the whole prompt
+            16384 on other GPUs and for small layers. With ``"auto"`` a chunk of 1024 or more queries counts as the whole prompt
             whose queries see as many keys, so that chunks run sparse, too, once enough stands before them. On one H200 the
             operator was 0.66 times as fast as torch's dense attention at 8192 tokens and 1.10 times at 12288; the other numbers
             are guesses.

@@ -18,10 +18,10 @@ from tests.tolerance import assert_same_output
 CPU = torch.device("cpu")
 SHAPE = LayerShape(4, 2, 32, torch.float32)  # of tiny_model()
 AUTO = FlashPrefillConfig(alpha=0, block_size=64)
-CHUNK = 600
+CHUNK, CHUNKS = 1024, 4
 SPARSE_FROM = 2000
-# 600 * (2 * 3634 - 600) is the first product of at least 2000 * 2000: the seventh chunk.
-DENSE_CHUNKS = 6
+# 1024 * (2 * 2466 - 1024) is the first product of at least 2000 * 2000: the third chunk.
+DENSE_CHUNKS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +40,8 @@ def _measured(tmp_path, monkeypatch):
         (2000, 2000, True),
         (1999, 1999, False),
         (1999, 2001, True),
-        (600, 3633, False),
-        (600, 3634, True),
+        (1024, 2465, False),
+        (1024, 2466, True),
         (LEAST_CHUNK, 1 << 20, True),
         (LEAST_CHUNK - 1, 1 << 20, False),
     ],
@@ -53,14 +53,14 @@ def test_a_chunk_counts_as_the_prompt_with_as_many_pairs(query_len, key_len, exp
     assert not is_long_enough(AUTO, NEVER, query_len, key_len)
 
 
-def chunked(model, cache, chunks=8, **options) -> torch.Tensor:
+def chunked(model, cache) -> torch.Tensor:
     """Logits of all chunks of a prompt."""
-    ids = prompt(length=chunks * CHUNK)
+    ids = prompt(length=CHUNKS * CHUNK)
     steps = [(at, at + CHUNK) for at in range(0, ids.shape[1], CHUNK)]
     with torch.no_grad():
         # transformers before 5.4 wants to be told where a static cache continues; later versions ignore it.
         logits = [
-            model(ids[:, a:b], past_key_values=cache, use_cache=True, cache_position=torch.arange(a, b), **options).logits
+            model(ids[:, a:b], past_key_values=cache, use_cache=True, cache_position=torch.arange(a, b)).logits
             for a, b in steps
         ]
     return torch.cat(logits, 1)
@@ -71,7 +71,7 @@ def chunked(model, cache, chunks=8, **options) -> torch.Tensor:
 def test_in_a_graph_a_chunk_counts_its_queries():
     model = patch_model(tiny_model(), config=AUTO)
     cache = DynamicCache(config=model.config)
-    model(prompt(length=8 * CHUNK), past_key_values=cache, use_cache=True)
+    model(prompt(length=CHUNKS * CHUNK), past_key_values=cache, use_cache=True)
     before, compiled = prefill_stats(model).sparse_calls, torch.compile(model, backend="eager")
     compiled(prompt(length=CHUNK), past_key_values=cache, use_cache=True)
     stats = prefill_stats(model)
@@ -82,7 +82,7 @@ def test_in_a_graph_a_chunk_counts_its_queries():
 
 CACHES = {
     "dynamic": lambda config: DynamicCache(config=config),
-    "static": lambda config: StaticCache(config=config, max_cache_len=8 * CHUNK + 5),
+    "static": lambda config: StaticCache(config=config, max_cache_len=CHUNKS * CHUNK + 5),
 }
 
 
@@ -94,52 +94,52 @@ def test_later_chunks_run_sparse(kind, base):
     patch_model(model, config=AUTO)
     assert_same_output(chunked(model, CACHES[kind](model.config)), expected)
     stats = prefill_stats(model)
-    assert stats.sparse_calls == 2 * (8 - DENSE_CHUNKS)
+    assert stats.sparse_calls == 2 * (CHUNKS - DENSE_CHUNKS)
     assert stats.dense_calls == {"shorter than min_seq_len": 2 * DENSE_CHUNKS}
 
 
 def test_a_number_is_compared_with_the_queries():
     model = patch_model(tiny_model(), config=AUTO, min_seq_len=CHUNK + 1)
     chunked(model, DynamicCache(config=model.config))
-    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 16}
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 2 * CHUNKS}
 
 
 def test_padding_in_front_is_not_in_the_way():
-    model, mask = tiny_model(), torch.ones(1, 8 * CHUNK, dtype=torch.long)
+    model, mask = tiny_model(), torch.ones(1, CHUNKS * CHUNK, dtype=torch.long)
     mask[:, :100] = 0
     outcomes = []
     for is_patched in (False, True):
         if is_patched:
             patch_model(model, config=AUTO)
         cache, parts = DynamicCache(config=model.config), []
-        for end in range(CHUNK, 8 * CHUNK + 1, CHUNK):
+        for end in range(CHUNK, CHUNKS * CHUNK + 1, CHUNK):
             with torch.no_grad():
-                ids = prompt(length=8 * CHUNK)[:, end - CHUNK : end]
+                ids = prompt(length=CHUNKS * CHUNK)[:, end - CHUNK : end]
                 parts.append(model(ids, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True).logits)
         outcomes.append(torch.cat(parts, 1)[:, 100:])
     assert_same_output(*outcomes)
-    assert prefill_stats(model).sparse_calls == 2 * (8 - DENSE_CHUNKS)
+    assert prefill_stats(model).sparse_calls == 2 * (CHUNKS - DENSE_CHUNKS)
 
 
 def test_a_windows_keys_are_what_counts():
-    """A cache that forgets leaves a layer few keys: 600 queries of a window of 50 tokens are never many pairs."""
+    """A cache that forgets leaves a layer few keys: 1024 queries of a window of 50 tokens are never many pairs."""
     model = tiny_model("mistral")
     assert model.config.sliding_window < CHUNK
     expected = chunked(model, DynamicCache(config=model.config))
     patch_model(model, config=AUTO)
     assert_same_output(chunked(model, DynamicCache(config=model.config)), expected)
-    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 16}
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 2 * CHUNKS}
 
 
 def test_generate_in_chunks_runs_sparse_by_default():
-    model, ids = tiny_model(), prompt(length=8 * CHUNK)
+    model, ids = tiny_model(), prompt(length=CHUNKS * CHUNK)
     options = {"prefill_chunk_size": CHUNK, "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     options |= {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(ids, **options)
     got = patch_model(model, config=AUTO).generate(ids, **options)
     for ours, theirs in zip(got.logits, expected.logits, strict=True):
         assert_same_output(ours, theirs)
-    assert prefill_stats(model).sparse_calls == 2 * (8 - DENSE_CHUNKS)
+    assert prefill_stats(model).sparse_calls == 2 * (CHUNKS - DENSE_CHUNKS)
 
 
 def test_the_clock_times_chunks_at_the_assumed_density(monkeypatch):

@@ -22,9 +22,11 @@ import torch
 from ..config import AUTO, FlashPrefillConfig
 
 # Tokens. With "auto" a chunk of fewer queries stays dense however many keys it sees: its last two query blocks list them all.
-# One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, defaults: chunks of 512 to 8192 queries that count as 12288
-# tokens or more took at most .6 of the dense time (benchmarks/results/chunks-2026-11-29-h200.txt).
-LEAST_CHUNK = 512
+# One H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, defaults: chunks of 1024 to 8192 queries that count as 12288
+# tokens or more took at most .4 of the dense time (benchmarks/results/chunks-2026-11-29-h200.txt). On two CPU cores, 8
+# and 2 heads, head_dim 64, float32: 512 queries of 65536 keys, which count as 8176 tokens, 1.11 times the dense time; chunks of
+# 1024 to 4096 queries that count as 8192 tokens or more .26 to .74 (chunks-2026-11-29-cpu.txt).
+LEAST_CHUNK = 1024
 # More tokens than any prompt has.
 NEVER = 1 << 40
 # What a measurement leaves out, it holds for; these settings decide what the operator costs.
