@@ -86,9 +86,16 @@ def _is_long_enough(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> 
         return False
     key_length = query_length
     # Where the queries stand may be a number on the device, which a short call need not wait for.
-    if settings.min_seq_len == AUTO and query_length >= LEAST_CHUNK and not torch.compiler.is_compiling():
+    if settings.min_seq_len == AUTO and query_length >= LEAST_CHUNK and not _is_recorded(query_offset):
         key_length += int(query_offset) - int(arguments.get("kv_offset", 0))
     return is_long_enough(settings, _min_seq_len(settings, arguments), query_length, key_length)
+
+
+def _is_recorded(number: Any) -> bool:
+    """Whether a graph is being made that cannot contain the reading of a number which may be on the device."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(number, torch.Tensor) and number.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _min_seq_len(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> int:

@@ -90,8 +90,9 @@ def is_long_enough(config: FlashPrefillConfig, min_seq_len: int, query_len: int,
     """Whether a call runs sparse as far as its length decides.
 
     A number in the config is compared with the queries. With ``"auto"`` a chunk counts as the whole prompt whose queries see as
-    many keys, query_len * (key_len - query_len / 2): that takes dense attention as long, and the density at its end is less. In
-    a compiled graph, which should not depend on how the two lengths are related, it counts as a prompt of its queries.
+    many keys, query_len * (key_len - query_len / 2): dense attention takes as long for both, and the chunk, whose queries see
+    more keys each, is likely to be sparser. In a compiled graph, which should not depend on how the two lengths are related, it
+    counts as a prompt of its queries.
 
     Args:
         config: The settings.
