@@ -86,7 +86,10 @@ def ttft_table(record: dict) -> str:
     def seconds(state: str) -> Callable[[dict], float | None]:
         return lambda row: (row.get(state) or {}).get("median_s")
 
-    columns = {"tokens": lambda row: row["length"], "density": lambda row: row["density"]}
+    columns = {"tokens": lambda row: row["length"]}
+    if any(row.get("chunk") for row in record["rows"]):
+        columns["in chunks of"] = lambda row: row.get("chunk")
+    columns |= {"density": lambda row: row["density"]}
     columns |= {"unpatched s": seconds("unpatched"), "patched s": seconds("patched")}
     if any(row.get("free_attention") for row in record["rows"]):
         columns["free attention s"] = seconds("free_attention")

@@ -212,3 +212,11 @@ def test_a_browser_shows_it(page, tmp_path):
     # The needle heat map comes first; no part of the page is much inked, and the margins hold nothing.
     assert 0.01 < (picture.min(-1) < 0.9).mean() < 0.3
     assert (picture[:, -20:] > 0.99).all()
+
+
+def test_a_prefill_in_chunks_says_so():
+    rows = MADE["ttft"]["rows"]
+    assert "in chunks of" not in report.ttft_table({"rows": [row | {"chunk": None} for row in rows]})
+    header, *lines = report.ttft_table({"rows": [row | {"chunk": 8192} for row in rows]}).splitlines()
+    assert "in chunks of" in header
+    assert all(line.split()[1] == "8192" for line in lines)
