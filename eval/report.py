@@ -89,8 +89,7 @@ def ttft_table(record: dict) -> str:
     columns = {"tokens": lambda row: row["length"]}
     if any(row.get("chunk") for row in record["rows"]):
         columns["in chunks of"] = lambda row: row.get("chunk")
-    columns |= {"density": lambda row: row["density"]}
-    columns |= {"unpatched s": seconds("unpatched"), "patched s": seconds("patched")}
+    columns |= {"density": lambda row: row["density"], "unpatched s": seconds("unpatched"), "patched s": seconds("patched")}
     if any(row.get("free_attention") for row in record["rows"]):
         columns["free attention s"] = seconds("free_attention")
     return rows_table(record, columns | {"speed-up": lambda row: row["speedup"]})

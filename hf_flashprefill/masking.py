@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 
 from .config import FlashPrefillConfig
-from .crossover import AUTO, LEAST_CHUNK, is_long_enough, min_seq_len_of_model
+from .crossover import is_long_enough, min_seq_len_of_model
 
 
 class CausalMask(torch.Tensor):
@@ -84,17 +84,17 @@ def _is_long_enough(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> 
     query_length, query_offset = _query_span(arguments)
     if query_length == 1:
         return False
-    key_length = query_length
-    # Where the queries stand may be a number on the device, which a short call need not wait for.
-    if settings.min_seq_len == AUTO and query_length >= LEAST_CHUNK and not _is_recorded(query_offset):
-        key_length += int(query_offset) - int(arguments.get("kv_offset", 0))
-    return is_long_enough(settings, _min_seq_len(settings, arguments), query_length, key_length)
-
-
-def _is_recorded(number: Any) -> bool:
-    """Whether a graph is being made that cannot contain the reading of a number which may be on the device."""
-    if torch.compiler.is_compiling():
+    reaches = functools.partial(is_long_enough, settings, _min_seq_len(settings, arguments), query_length)
+    if reaches(query_length):
         return True
+    # Where the queries stand may be a number on the device. Only a call whose keys may suffice need wait for it.
+    if not reaches(arguments["kv_length"]) or _is_captured(query_offset):
+        return False
+    return reaches(query_length + int(query_offset) - int(arguments.get("kv_offset", 0)))
+
+
+def _is_captured(number: Any) -> bool:
+    """Whether a number is on a device whose work a CUDA graph captures, so that it cannot be read."""
     return isinstance(number, torch.Tensor) and number.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_flashprefill import FlashPrefillConfig, masking, patch_model, prefill_stats
 from hf_flashprefill.backends import torch as torch_backend
-from hf_flashprefill.crossover import LEAST_CHUNK, NEVER, Crossover, LayerShape, is_long_enough, known, measure
+from hf_flashprefill.crossover import NEVER, Crossover, LayerShape, is_long_enough, known, measure
 from hf_flashprefill.crossover import __main__ as command
 from hf_flashprefill.masking import _TAKES_CACHE_POSITION
 from hf_flashprefill.support.situations import prompt
@@ -42,8 +42,8 @@ def _measured(tmp_path, monkeypatch):
         (1999, 2001, True),
         (1024, 2465, False),
         (1024, 2466, True),
-        (LEAST_CHUNK, 1 << 20, True),
-        (LEAST_CHUNK - 1, 1 << 20, False),
+        (known.LEAST_CHUNK, 1 << 20, True),
+        (known.LEAST_CHUNK - 1, 1 << 20, False),
     ],
 )
 def test_a_chunk_counts_as_the_prompt_with_as_many_pairs(query_len, key_len, expected):
@@ -89,7 +89,7 @@ class OnGPU(torch.Tensor):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def test_what_a_cuda_graph_captures_is_not_read(monkeypatch):
+def test_an_offset_on_the_device_is_read_only_where_it_decides(monkeypatch):
     offset = torch.tensor(1 << 20).as_subclass(OnGPU)
     name, call = ("cache_position", offset.expand(CHUNK)) if _TAKES_CACHE_POSITION else ("q_offset", offset)
     arguments = {"batch_size": 1, "q_length": CHUNK, "kv_length": (1 << 20) + CHUNK, name: call, "device": CPU}
@@ -97,11 +97,14 @@ def test_what_a_cuda_graph_captures_is_not_read(monkeypatch):
     asked = []
     monkeypatch.setattr(masking, "base_mask", lambda base, **_: asked.append(base))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # A whole prompt, whose keys are too few wherever they stand, waits for nothing.
+    masking.prefill_mask("sdpa", AUTO, **(arguments | {"kv_length": CHUNK}))
+    assert asked == ["sdpa"]
     with pytest.raises(RuntimeError, match="capturing"):
         masking.prefill_mask("sdpa", AUTO, **arguments)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     masking.prefill_mask("sdpa", AUTO, **arguments)
-    assert asked == ["sdpa"]
+    assert asked == ["sdpa"] * 2
 
 
 CACHES = {

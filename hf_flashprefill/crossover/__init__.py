@@ -4,12 +4,11 @@
 ``warmup`` or by ``python -m hf_flashprefill.crossover``, never inside a prompt.
 """
 
-from .known import AUTO, LEAST_CHUNK, NEVER, Crossover, LayerShape, is_long_enough, min_seq_len_for, min_seq_len_of_model
+from .known import AUTO, NEVER, Crossover, LayerShape, is_long_enough, min_seq_len_for, min_seq_len_of_model
 from .measure import measure_crossover
 
 __all__ = [
     "AUTO",
-    "LEAST_CHUNK",
     "NEVER",
     "Crossover",
     "LayerShape",
