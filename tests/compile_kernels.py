@@ -335,7 +335,7 @@ def unfenced_loads(listing: str) -> int:
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
     """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, pairs of numbers that
     loops pack anew, bytes over which barriers are spread, releases after loads without a fence, how many releases and fences
-    there are, ptxas's warnings about serialised matrix products (C75xx), and 16-byte loads and stores."""
+    there are, ptxas's warnings about serialised matrix products (C75xx), strides of 32 bits, and 16-byte loads and stores."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -359,6 +359,7 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),
         "shared_memory": kernel.metadata.shared,
+        "narrow_strides": len(re.findall(r"%stride_\w+: i32", kernel.asm.get("ttir") or kernel.asm["ttgir"])),
         "vector_accesses": len(re.findall(r"(?:ld|st)\.global\.v4\.b32", kernel.asm["ptx"])),
     }
 

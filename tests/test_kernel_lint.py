@@ -119,6 +119,8 @@ def test_kernels_compile_clean(capability):
             assert found >= least, verdict
             assert (found == 0) == (least == 0), verdict
         assert verdict["warnings"] == [], verdict
+        # Offsets pass 2**31 numbers where batches or prompts are large. Triton overlooks an annotation it does not know.
+        assert verdict["narrow_strides"] == 0, verdict
         # Barriers stand together; results, whose memory is the first to be given to others, take kilobytes.
         assert verdict["barriers_span"] <= 512, verdict
         # Loads of what the copy engine has written are not ordered with what it writes next: wrong rows in 1.4 % of some calls.

@@ -27,6 +27,7 @@ and 8 key-value heads, head_dim 128, bfloat16, published densities, one process)
 from __future__ import annotations
 
 import torch
+from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
@@ -78,9 +79,10 @@ def _attend_hopper_kernel(
     mean_blocks,
     batch_heads,
     heads,
-    stride_ob: gl.int64,
-    stride_oh: gl.int64,
-    stride_os: gl.int64,
+    # Triton knows annotations by their text, and "gl.int64" it takes for none.
+    stride_ob: tl.int64,
+    stride_oh: tl.int64,
+    stride_os: tl.int64,
     GROUP: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,

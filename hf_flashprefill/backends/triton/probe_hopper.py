@@ -11,6 +11,7 @@ tokens on.
 from __future__ import annotations
 
 import torch
+from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -212,9 +213,10 @@ def _probe_hopper_kernel(
     parts,
     pooled_rows,
     score_tiles,
-    stride_qb: gl.int64,
-    stride_qh: gl.int64,
-    stride_qs: gl.int64,
+    # Triton knows annotations by their text, and "gl.int64" it takes for none.
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qs: tl.int64,
     GROUP: gl.constexpr,
     HEADS: gl.constexpr,
     QUERY_BLOCKS: gl.constexpr,
