@@ -39,7 +39,7 @@ def place_of(geometry: PrefillGeometry, heads: int, number: int):
         geometry.query_blocks,
         0,
         geometry.query_offset,
-        geometry.query_len,
+        geometry.query_offset + geometry.query_len,
         geometry.kv_len,
     )
     place = as_python(turns.place_of, row_span=row_span, **CONSTANTS)
@@ -96,7 +96,7 @@ def test_turns_without_queries_are_passed_over():
     heads, ranges = 2, torch.tensor([[100, 900], [0, 150], [300, 300]], dtype=torch.int32)
     geometry = PrefillGeometry(3, 700, 900, 200, 128, ranges)
     tiles = geometry.query_blocks
-    shape = (heads, 3 * heads, tiles, 0, 200, 700, 900)
+    shape = (heads, 3 * heads, tiles, 0, 200, 900, 900)
     counter = TurnCounter()
     counts = {(row * heads + head) * tiles + tile: 1 for row in range(3) for head in range(heads) for tile in range(tiles)}
 
@@ -158,23 +158,40 @@ def test_turns_noted_by_either_warpgroup_are_drawn_again():
         def __iter__(self):
             return iter((self.table, self.place))
 
-    def store(pointer, value, mask):
-        if mask:
-            pointer.table[pointer.place] = value
+    def store(pointer, value):
+        pointer.table[pointer.place] = value
 
-    gl = SimpleNamespace(**vars(GL), load=load, store=store)
-    turns_of = as_python(turns.turns_of)
-    note = as_python(turns.note_retake, gl=gl, turns_of=turns_of)
+    class Shared:
+        """Numbers in shared memory, or one of them."""
+
+        def __init__(self, numbers, place=0):
+            self.numbers, self.place = numbers, place
+
+        def index(self, place):
+            return Shared(self.numbers, place)
+
+        def load(self, layout):
+            return self.numbers[self.place]
+
+        def store(self, value):
+            self.numbers[self.place] = value
+
+    def layout(*_):
+        return None
+
+    of_tensors = {"zeros": lambda *_: 0, "max": lambda number, axis: number, "int32": int, "BlockedLayout": layout}
+    gl = SimpleNamespace(**vars(GL), load=load, store=store, **of_tensors)
+    note = as_python(turns.note_retake, gl=gl)
     length = as_python(
         turns._list_length, gl=gl, place_of=lambda number, *_: ((0, number // tiles, number % tiles), None, None)
     )
-    draw = as_python(turns.draw_retake, gl=gl, _list_length=length, turns_of=turns_of, **CONSTANTS)
+    draw = as_python(turns.draw_retake, gl=gl, _list_length=length, **CONSTANTS)
     taken, unkept = [0, 4, 5, 11, 20], ({4, 0, 5}, {20, 5})
     noted = [-1, -1]
     for number in taken:
         for warpgroup in range(2):
             is_kept = int(number not in unkept[warpgroup])
-            noted[warpgroup] = note(Pointer(retakes), warpgroup, shape, number, noted[warpgroup], is_kept)
+            note(Pointer(retakes), Shared(noted), warpgroup, number, is_kept)
     counts = Pointer(dict(enumerate(range(100, 100 + heads * tiles))))
     drawn, noted = [], tuple(noted)
     while True:

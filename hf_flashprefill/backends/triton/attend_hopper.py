@@ -35,7 +35,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...block_index import BlockIndex
 from .attend_hopper_steps import MEAN_WEIGHTS_LAYOUT
-from .attend_hopper_turns import ANNOUNCEMENTS, BLOCK, SHARED_NUMBER, make_announcements
+from .attend_hopper_turns import ANNOUNCEMENTS, BLOCK, make_announcements, make_noted
 from .attend_hopper_warps import LOG2_E, ROWS, compute, load
 from .hopper_primitives import describe_rows, make_barriers
 from .means import RunMeans, weigh_means
@@ -46,7 +46,7 @@ from .tuning import hopper_tiles
 @gluon.jit(
     do_not_specialize=[
         "kv_len",
-        "query_len",
+        "query_end",
         "query_offset",
         "first_query_block",
         "tiles",
@@ -71,7 +71,7 @@ def _attend_hopper_kernel(
     sinks_ptr,
     scale_log2,
     kv_len,
-    query_len,
+    query_end,
     query_offset,
     first_query_block,
     tiles,
@@ -114,27 +114,27 @@ def _attend_hopper_kernel(
     announcements = make_announcements()
     # Used even if no turn is taken again. The memory of a barrier that nobody waits for goes to others, and when a process that
     # shares the GPU had its turn, the barrier's state came back there: four wrong numbers in a row of some results.
-    last_noted = gl.allocate_shared_memory(gl.int32, [2, 1], SHARED_NUMBER)
-    last_noted_full = make_barriers(1, 2)
+    pass_done = make_barriers(1, 2)
+    noted = make_noted()
     fence_async_shared()
 
-    shape = (heads, batch_heads, tiles, first_query_block, query_offset, query_len, kv_len)
-    pointers = (output_ptr, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, sinks_ptr)
+    shape = (heads, batch_heads, tiles, first_query_block, query_offset, query_end, kv_len)
+    turn_pointers = (ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr)
     strides = (stride_ob, stride_oh, stride_os)
     descriptors = (query_desc, key_desc, value_desc, key_means_desc, value_means_desc, mean_weights_desc)
-    shared = (buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2)
-    loaded = (buffers, barriers, announcements, descriptors, pointers, shape, width, mean_blocks)
+    shared = (buffers, barriers, announcements, (output_ptr, retakes_ptr, sinks_ptr), strides, scale_log2)
+    loaded = (buffers, barriers, announcements, descriptors, turn_pointers, shape, width, mean_blocks)
     gl.warp_specialize(
         [
             (
                 compute,
-                (0, shared, last_noted, last_noted_full, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
+                (0, shared, noted, pass_done, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
             ),
             (
                 compute,
-                (1, shared, last_noted, last_noted_full, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
+                (1, shared, noted, pass_done, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
             ),
-            (load, (loaded, last_noted, last_noted_full, MAY_RETAKE, GROUP, HAS_RANGES, HAS_MEANS)),
+            (load, (loaded, noted, pass_done, MAY_RETAKE, GROUP, HAS_RANGES, HAS_MEANS)),
         ],
         [4, 1],
         [240, 24],
@@ -176,7 +176,7 @@ def attend_blocks(
     programs = min(multiprocessors(query), index.counts.numel())
     # Every program's first turn is its own number.
     next_turn = torch.full((1,), programs, dtype=torch.int32, device=query.device)
-    retakes = torch.empty((2, index.counts.numel()), dtype=torch.int32, device=query.device)
+    retakes = torch.empty((index.counts.numel(), 2), dtype=torch.int32, device=query.device)
     mean_blocks = 1 if means is None else means.key.shape[2]
     of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks), tiles.step)
     with launch_context(query):
@@ -194,7 +194,7 @@ def attend_blocks(
             sinks,
             scale * LOG2_E.value,
             geometry.kv_len,
-            query_len,
+            geometry.query_offset + query_len,
             geometry.query_offset,
             index.first_query_block,
             index.query_blocks,

@@ -166,11 +166,11 @@ def compute_step(
     logits_in_work = _issue_logits(query, zeros, buffers, barriers, now)
     result_in_work = _issue_result(weights, result, buffers, barriers, now - 1)
     mean_weights = buffers[3].index(now % STAGES).reshape([zeros.shape[1]])
-    if KIND == "means":
-        log2_tokens = mean_weights.load(gl.SliceLayout(0, logits_layout))
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
-    # The weights of means must have been read before the keys are released: the next ones come with the next keys.
     if KIND == "means":
+        # Loaded while the product runs, a quarter of a kilobyte a thread would find no registers.
+        log2_tokens = mean_weights.load(gl.SliceLayout(0, logits_layout))
+        # They must have been read before the keys are released: the next ones come with the next keys.
         finish_loads()
     if KIND == "either":
         logits = logits * scale_log2

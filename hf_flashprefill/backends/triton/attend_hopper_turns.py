@@ -4,7 +4,7 @@ Every multiprocessor has one program. Its loading warp draws the number of the n
 are full with the last one's, so that the answer is there before it is needed, and announces it to the computing warpgroups.
 
 Turns whose result a warpgroup could not keep are taken again by the program that took them, after its last one. Each warpgroup
-chains such turns up: in its row of ``retakes`` [2, turns] stands behind a turn the one noted before it, or -1.
+chains such turns up: in its column of ``retakes`` [turns, 2] stands behind a turn the one noted before it, or -1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ BLOCK = gl.constexpr(128)
 # of t + 3 want the buffer, one of two at most, that those of t + 1 are still to be read from.
 ANNOUNCEMENTS = gl.constexpr(4)
 SHARED_NUMBER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+# What is said of a turn, ``announce``.
+_FACTS = gl.constexpr(9)
 # Announced after the last turn.
 _NO_TURN = gl.constexpr(-1)
 # Query blocks at the end of a call are usually attended in full.
@@ -31,42 +33,55 @@ _BLOCKS_OF_A_DIRECTION = gl.constexpr(128)
 
 @gluon.jit
 def make_announcements():
-    """Room for numbers of turns and the lengths of their lists, int32 [ANNOUNCEMENTS, 1] each."""
-    numbers = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], SHARED_NUMBER)
-    lengths = gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS, 1], SHARED_NUMBER)
-    return numbers, lengths
+    """Room for what is said of turns, int32 [ANNOUNCEMENTS * _FACTS, 1]."""
+    return gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS * _FACTS, 1], SHARED_NUMBER)
 
 
 @gluon.jit
-def announce(announcements, turn_full, turn, number, length):
-    """By the loading warp: the program's turn ``turn``, counted from 0, is ``number``, and its list has ``length`` blocks."""
+def announce(announcements, turn_full, turn, number, listed, mean_steps, turn_place):
+    """By the loading warp: the program's turn ``turn``, counted from 0, is ``number``, stands at ``turn_place`` (``place_of``)
+    and has ``listed`` blocks in its list and ``mean_steps`` steps of means."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    numbers, lengths = announcements
+    place, block, span = turn_place
+    batch, head, _ = place
+    own, first_row = block
+    _, query_begin, query_end, key_end = span
+    first_token = own * BLOCK
+    asked_first = (number, listed, mean_steps, key_end - first_token)
+    asked_last = (batch, head, first_row, query_begin - first_token, query_end - first_token)
+    facts = asked_first + asked_last
     slot = turn % ANNOUNCEMENTS
-    numbers.index(slot).store(gl.zeros([1], gl.int32, layout) + number)
-    lengths.index(slot).store(gl.zeros([1], gl.int32, layout) + length)
+    for fact in gl.static_range(_FACTS):
+        announcements.index(slot * _FACTS + fact).store(gl.zeros([1], gl.int32, layout) + facts[fact])
     mbarrier.arrive(turn_full.index(slot), count=1)
 
 
 @gluon.jit
-def _read(announced_numbers, turn):
-    """By a computing warpgroup: what was announced for turn ``turn``."""
+def _read(announcements, turn, FACT: gl.constexpr):
+    """By a computing warpgroup: the FACT-th that was said of a turn."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(announced_numbers.index(turn % ANNOUNCEMENTS).load(layout), 0)
-
-
-@gluon.jit
-def number_of(announcements, turn):
-    """The number of the program's turn ``turn``, for a computing warpgroup that has awaited it."""
-    return _read(announcements[0], turn)
+    return gl.max(announcements.index(turn % ANNOUNCEMENTS * _FACTS + FACT).load(layout), 0)
 
 
 @gluon.jit
 def await_turn(announcements, turn_full, turn):
-    """(number, length of the list) of the program's turn ``turn``, for a computing warpgroup."""
-    numbers, lengths = announcements
+    """The number of the program's turn ``turn``, for a computing warpgroup; negative if there is none."""
     mbarrier.wait(turn_full.index(turn % ANNOUNCEMENTS), (turn // ANNOUNCEMENTS) & 1)
-    return _read(numbers, turn), _read(lengths, turn)
+    return _read(announcements, turn, 0)
+
+
+@gluon.jit
+def steps_of(announcements, turn):
+    """(blocks in its list, steps of means, keys from the query block's own key block on) of a turn that was awaited."""
+    return _read(announcements, turn, 1), _read(announcements, turn, 2), _read(announcements, turn, 3)
+
+
+@gluon.jit
+def target_of(announcements, turn):
+    """(number, batch row, head, buffer row of the query block's first query, its first row that is a query, the one after its
+    last) of a turn that was awaited."""
+    place = (_read(announcements, turn, 0), _read(announcements, turn, 4), _read(announcements, turn, 5))
+    return place + (_read(announcements, turn, 6), _read(announcements, turn, 7), _read(announcements, turn, 8))
 
 
 @gluon.jit
@@ -83,7 +98,7 @@ def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
     Turns of one head run together, so that what they read stays in the L2 cache; the longest first, or the last to start
     would run alone.
     """
-    heads, batch_heads, tiles, first_query_block, query_offset, query_len, kv_len = shape
+    heads, batch_heads, tiles, first_query_block, query_offset, query_end, kv_len = shape
     # Numbers of no turn stand where the nearest does: what is loaded for them must exist.
     number = gl.minimum(gl.maximum(number, 0), batch_heads * tiles - 1)
     long_tiles = gl.minimum(tiles, _LONG_TILES)
@@ -94,7 +109,7 @@ def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
     row_head = number // of_head
     tile = tiles - 1 - skipped - (number - row_head * of_head)
     batch = row_head // heads
-    span = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
+    span = row_span(ranges_ptr, batch, query_offset, query_end - query_offset, kv_len, HAS_RANGES)
     start, query_begin, _, _ = span
     own = query_begin // BLOCK + first_query_block + tile
     return (batch, row_head - batch * heads, tile), (own, start - query_offset + own * BLOCK), span
@@ -160,33 +175,48 @@ def draw_turn(number, shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES: 
 
 
 @gluon.jit
+def first_turn(shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES: gl.constexpr):
+    """A program's first turn with queries and the length of its list, or -1 and 0. There are no more programs than turns."""
+    number = gl.program_id(0)
+    if HAS_RANGES:
+        number, listed = draw_turn(number, shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
+    else:
+        listed = _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES)
+    return number, listed
+
+
+@gluon.jit
 def next_number(next_turn_ptr):
     """Of all turns that nobody has drawn, the first."""
     return gl.atomic_add(next_turn_ptr, 1, sem="relaxed")
 
 
 @gluon.jit
-def note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept):
-    """By a computing warpgroup: turn ``number`` is to be taken again unless ``is_kept``. ``noted`` was noted last, or is -1;
-    returns what now is."""
-    gl.store(retakes_ptr + warpgroup * turns_of(shape) + number, noted, mask=is_kept == 0)
-    return gl.where(is_kept == 0, number, noted)
-
-
-@gluon.jit
-def announce_noted(last_noted, last_noted_full, warpgroup, noted):
-    """By a computing warpgroup after its last turn: the turn it ``noted`` last, or -1."""
+def make_noted():
+    """Room for the turn that each computing warpgroup noted last, int32 [2, 1], none yet."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    last_noted.index(warpgroup).store(gl.zeros([1], gl.int32, layout) + noted)
-    mbarrier.arrive(last_noted_full.index(0), count=1)
+    noted = gl.allocate_shared_memory(gl.int32, [2, 1], SHARED_NUMBER)
+    for warpgroup in gl.static_range(2):
+        noted.index(warpgroup).store(gl.full([1], -1, gl.int32, layout))
+    return noted
 
 
 @gluon.jit
-def await_noted(last_noted, last_noted_full):
-    """By the loading warp: what each warpgroup noted last."""
+def note_retake(retakes_ptr, noted, warpgroup, number, is_kept):
+    """By a computing warpgroup: turn ``number`` is to be taken again unless ``is_kept``."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    if is_kept == 0:
+        last = noted.index(warpgroup)
+        gl.store(retakes_ptr + 2 * number + warpgroup, gl.max(last.load(layout), 0))
+        last.store(gl.zeros([1], gl.int32, layout) + number)
+
+
+@gluon.jit
+def await_noted(noted, pass_done):
+    """By the loading warp, when both warpgroups have taken their last turn: the one each noted last, or -1."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(last_noted_full.index(0), 0)
-    return gl.max(last_noted.index(0).load(layout), 0), gl.max(last_noted.index(1).load(layout), 0)
+    mbarrier.wait(pass_done.index(0), 0)
+    return gl.max(noted.index(0).load(layout), 0), gl.max(noted.index(1).load(layout), 0)
 
 
 @gluon.jit
@@ -195,8 +225,7 @@ def draw_retake(noted, shape, ranges_ptr, retakes_ptr, counts_ptr, HAS_RANGES: g
     turns rise in number and each warpgroup's come back latest first, so that one that both noted comes up in both at once."""
     first, second = noted
     number = gl.maximum(first, second)
-    turns = turns_of(shape)
-    before_first = gl.load(retakes_ptr + number, mask=(number >= 0) & (first == number), other=_NO_TURN)
-    before_second = gl.load(retakes_ptr + turns + number, mask=(number >= 0) & (second == number), other=_NO_TURN)
+    before_first = gl.load(retakes_ptr + 2 * number, mask=(number >= 0) & (first == number), other=_NO_TURN)
+    before_second = gl.load(retakes_ptr + 2 * number + 1, mask=(number >= 0) & (second == number), other=_NO_TURN)
     noted = (gl.where(first == number, before_first, first), gl.where(second == number, before_second, second))
     return number, _list_length(number, shape, ranges_ptr, counts_ptr, HAS_RANGES), noted

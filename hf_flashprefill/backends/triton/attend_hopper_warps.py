@@ -24,18 +24,19 @@ from .attend_hopper_steps import (
 from .attend_hopper_turns import (
     BLOCK,
     announce,
-    announce_noted,
     await_noted,
     await_turn,
     direction_of,
     draw_retake,
     draw_turn,
+    first_turn,
     next_number,
     note_retake,
-    number_of,
     place_of,
+    steps_of,
+    target_of,
 )
-from .hopper_primitives import copy_to_shared, finish_loads
+from .hopper_primitives import copy_to_shared, finish_loads, not_before
 from .means import WIDTH
 from .primitives import LARGEST_TOTAL
 
@@ -57,6 +58,7 @@ def _mean_steps(own, mean_blocks, STEP: gl.constexpr, HAS_MEANS: gl.constexpr):
 def _take_turns(
     warpgroup,
     shared,
+    noted,
     turn,
     done,
     ONLINE: gl.constexpr,
@@ -66,12 +68,12 @@ def _take_turns(
     HAS_SINKS: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
-    """Turns from the program's ``turn``-th on until there are no more, ``done`` counts steps. Returns both and the last turn
-    noted to be taken again, of which there are none if ONLINE."""
-    buffers, barriers, announcements, pointers, strides, shape, mean_blocks, scale_log2 = shared
+    """Turns from the program's ``turn``-th on until there are no more, ``done`` counts steps. Returns both. ``noted`` are those
+    to be taken again, of which there are none if ONLINE."""
+    buffers, barriers, announcements, pointers, strides, scale_log2 = shared
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
-    output_ptr, ranges_ptr, _, retakes_ptr, _, _, sinks_ptr = pointers
+    output_ptr, retakes_ptr, sinks_ptr = pointers
     stride_b, stride_h, stride_s = strides
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
     STEP: gl.constexpr = key_tiles.shape[3]
@@ -85,14 +87,11 @@ def _take_turns(
 
     zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
     own_row = warpgroup * ROWS
-    turn, done, noted = gl.to_tensor(turn), gl.to_tensor(done), gl.to_tensor(-1)
+    turn, done = gl.to_tensor(turn), gl.to_tensor(done)
     # Before pass 1 one announcement was of no turn.
-    number, listed = await_turn(announcements, turn_full, turn + PASS)
-    while number >= 0:
-        place, block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
-        own, key_end = block[0], span[3]
-        keys_left = key_end - own * BLOCK
-        listed_from = PARTS + _mean_steps(own, mean_blocks, STEP, HAS_MEANS)
+    while await_turn(announcements, turn_full, turn + PASS) >= 0:
+        listed, mean_steps, keys_left = steps_of(announcements, turn + PASS)
+        listed_from = PARTS + mean_steps
         steps = listed_from + (listed - 1) * PARTS
         buffer = turn % QUERY_STAGES * 2 + warpgroup
         mbarrier.wait(query_full.index(buffer), (turn // QUERY_STAGES) & 1)
@@ -139,11 +138,7 @@ def _take_turns(
         result = last_product(weights, result, buffers, barriers, done + steps - 1)
         done += steps
         # Asked anew, so that the steps have the registers.
-        number = number_of(announcements, turn + PASS)
-        place, block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
-        batch, head, tile = place
-        own, first_row = block
-        start, query_begin, query_end, key_end = span
+        number, batch, head, first_row, first_query, end_query = target_of(announcements, turn + PASS)
         total = gl.convert_layout(gl.sum(running_sum, 1), result_row_layout)
         if HAS_SINKS:
             sink = gl.load(sinks_ptr + head) * LOG2_E
@@ -152,31 +147,32 @@ def _take_turns(
             # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
             total += gl.exp2(sink - largest) / gl.exp2(running_max - largest)
         if not ONLINE:
-            position = own * BLOCK + own_row + gl.arange(0, ROWS, layout=result_row_layout)
-            is_query = (position >= query_begin) & (position < query_end)
+            row = own_row + gl.arange(0, ROWS, layout=result_row_layout)
+            is_query = (row >= first_query) & (row < end_query)
             # What is not finite anywhere makes a sum of zeros NaN.
             is_finite = (gl.sum(result * 0.0, 1) == 0) & (total < LARGEST_TOTAL)
-            is_kept = gl.min((is_finite | (is_query == 0)).to(gl.int32), 0)
-            noted = note_retake(retakes_ptr, warpgroup, shape, number, noted, is_kept)
-        result = result / total[:, None]
-        row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
+            # Each warp asks for all rows. A minimum over warps would load a register in some threads only, which ptxas then
+            # takes to be in use in the steps.
+            is_kept = gl.convert_layout((is_finite | (is_query == 0)).to(gl.int32), gl.BlockedLayout([2], [32], [4], [0]))
+            is_kept = gl.min(is_kept, 0)
+            note_retake(retakes_ptr, noted, warpgroup, number, is_kept)
+        result = result * (1 / total)[:, None]
+        row = not_before(gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout)))
         column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
-        position = own * BLOCK + own_row + row
-        is_query = (position >= query_begin) & (position < query_end)
+        is_query = (own_row + row >= first_query) & (own_row + row < end_query)
         target = output_ptr + batch * stride_b + head * stride_h + (first_row + own_row).to(gl.int64) * stride_s
-        target += row[:, None] * stride_s.to(gl.int32) + column[None, :]
+        target += row[:, None].to(gl.int64) * stride_s + column[None, :]
         gl.store(target, gl.convert_layout(result.to(dtype), store_layout), mask=is_query[:, None])
         turn += 1
-        number, listed = await_turn(announcements, turn_full, turn + PASS)
-    return turn, done, noted
+    return turn, done
 
 
 @gluon.jit
 def compute(
     warpgroup,
     shared,
-    last_noted,
-    last_noted_full,
+    noted,
+    pass_done,
     MAY_RETAKE: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
     HAS_RANGES: gl.constexpr,
@@ -184,12 +180,12 @@ def compute(
     HAS_MEANS: gl.constexpr,
 ):
     """One of the two computing warpgroups: its 64 queries of the query block, turn after turn."""
-    turn, done, noted = _take_turns(
-        warpgroup, shared, 0, 0, not MAY_RETAKE, 0, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS
+    turn, done = _take_turns(
+        warpgroup, shared, noted, 0, 0, not MAY_RETAKE, 0, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS
     )
-    announce_noted(last_noted, last_noted_full, warpgroup, noted)
+    mbarrier.arrive(pass_done.index(0), count=1)
     if MAY_RETAKE:
-        _take_turns(warpgroup, shared, turn, done, True, 1, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)
+        _take_turns(warpgroup, shared, noted, turn, done, True, 1, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)
 
 
 @gluon.jit
@@ -209,7 +205,7 @@ def _load_turns(
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
     query_desc, key_desc, value_desc, _, _, _ = descriptors
-    _, ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr, _ = pointers
+    ranges_ptr, next_turn_ptr, retakes_ptr, counts_ptr, indices_ptr = pointers
     heads, _, tiles, _, _, _, _ = shape
     STAGES: gl.constexpr = key_tiles.shape[0]
     QUERY_STAGES: gl.constexpr = query_tiles.shape[0] // 2
@@ -219,10 +215,12 @@ def _load_turns(
     if PASS == 1:
         number, listed, noted = draw_retake(noted, shape, ranges_ptr, retakes_ptr, counts_ptr, HAS_RANGES)
     else:
-        number, listed = draw_turn(gl.program_id(0), shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
+        number, listed = first_turn(shape, ranges_ptr, next_turn_ptr, counts_ptr, HAS_RANGES)
     while number >= 0:
-        announce(announcements, turn_full, turn + PASS, number, listed)
-        place, own_block, span = place_of(number, shape, ranges_ptr, HAS_RANGES)
+        turn_place = place_of(number, shape, ranges_ptr, HAS_RANGES)
+        place, own_block, span = turn_place
+        mean_steps = _mean_steps(own_block[0], mean_blocks, STEP, HAS_MEANS)
+        announce(announcements, turn_full, turn + PASS, number, listed, mean_steps, turn_place)
         batch, head, tile = place
         own, first_row = own_block
         start = span[0]
@@ -240,7 +238,6 @@ def _load_turns(
             coordinates = [batch, key_head, start + own * BLOCK + part * STEP, 0]
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + part)
         done += PARTS
-        mean_steps = _mean_steps(own, mean_blocks, STEP, HAS_MEANS)
         if HAS_MEANS:
             mean_set = gl.where(own > 0, (own + mean_blocks - 1) % mean_blocks, 0)
             mean_head = [batch, mean_set + key_head * mean_blocks]
@@ -270,15 +267,15 @@ def _load_turns(
             load_step(key_desc, value_desc, coordinates, buffers, barriers, done + step)
         done += steps
         turn += 1
-    announce(announcements, turn_full, turn + PASS, number, listed)
+    announce(announcements, turn_full, turn + PASS, number, listed, 0, place_of(number, shape, ranges_ptr, HAS_RANGES))
     return turn, done
 
 
 @gluon.jit
 def load(
     loaded,
-    last_noted,
-    last_noted_full,
+    noted,
+    pass_done,
     MAY_RETAKE: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_RANGES: gl.constexpr,
@@ -286,6 +283,6 @@ def load(
 ):
     """The loading warp."""
     turn, done = _load_turns(loaded, (-1, -1), 0, 0, 0, GROUP, HAS_RANGES, HAS_MEANS)
-    noted = await_noted(last_noted, last_noted_full)
+    last_noted = await_noted(noted, pass_done)
     if MAY_RETAKE:
-        _load_turns(loaded, noted, turn, done, 1, GROUP, HAS_RANGES, HAS_MEANS)
+        _load_turns(loaded, last_noted, turn, done, 1, GROUP, HAS_RANGES, HAS_MEANS)
