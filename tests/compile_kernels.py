@@ -311,8 +311,8 @@ def unfenced_loads(listing: str) -> int:
     """Releases of buffers to the copy engine, in the order of the code, after loads from shared memory without what orders
     these before what the copy engine writes next: a fence of each thread, then the warpgroup's barrier.
 
-    Loads are two or more, of more than four bytes a thread each, as all of the copy engine's data are read, and no barrier is
-    asked between them and the release, as is after those of results on their way out.
+    Loads are two or more, of more than four bytes a thread each, as all of the copy engine's data are read, and between them and
+    the release no barrier is asked and nothing stored in global memory, as is after those of results on their way out.
     """
     unfenced = loads = 0
     is_fenced = is_ordered = False
@@ -324,7 +324,7 @@ def unfenced_loads(listing: str) -> int:
             is_fenced = True
         elif "BAR.SYNC" in line:
             is_ordered |= is_fenced
-        elif "SYNCS.PHASECHK" in line:
+        elif "SYNCS.PHASECHK" in line or "STG.E.128" in line:
             loads = 0
         elif "SYNCS.ARRIVE.TRANS64.A1T0" in line:
             unfenced += loads > 1 and not is_ordered

@@ -19,10 +19,9 @@ def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
     if kernel in ("attend", "attend window sinks", "attend means"):
         # Once before the loops, up to 40 bytes with triton 3.6 and 24 with 3.9.
         return 40 if head_dim == 128 else 4
-    if kernel.startswith("attend_hopper"):
-        # Between loops: results and weights take 176 of a thread's 240 registers at head_dim 256, and both passes are counted.
-        # At 64, with means, triton 3.9 does; 3.6 to 3.8 do not.
-        return {64: 8, 128: 32, 256: 512}[head_dim]
+    if kernel.startswith("attend_hopper") and head_dim == 256:
+        # Nothing with triton 3.6, whose figures are in the README; with 3.7 to 3.9 up to 32 bytes, counted over both passes.
+        return 32
     return 0
 
 
@@ -49,6 +48,7 @@ def test_unfenced_loads_are_seen():
     assert unfenced(barrier, fence) == 1
     assert unfenced(fence, barrier, *loads, barrier) == 1
     assert unfenced(asked) == 0
+    assert unfenced("@P5 STG.E.128 desc[UR18][R26.64], R68 ;") == 0
 
 
 def test_every_launch_says_whether_products_and_sums_are_fused():
@@ -103,9 +103,7 @@ def test_kernels_compile_clean(capability):
     for verdict in verdicts:
         allowed = _bytes_laid_aside(verdict["kernel"], verdict["head_dim"])
         assert verdict["spilled"] <= allowed, verdict
-        # One register in one warpgroup's loop of means, which takes a step or two a turn, with triton 3.9.
-        may_spill = verdict["kernel"] in ("attend_hopper means", "attend_hopper sinks") and verdict["head_dim"] == 256
-        assert verdict["spilled_in_loops"] <= may_spill, verdict
+        assert verdict["spilled_in_loops"] == 0, verdict
         if verdict["kernel"].startswith("attend_hopper"):
             assert verdict["late_exponentials"] == 0, verdict
             # Repacking the weights takes 64 instructions, or 32 at head_dim 256, moving them half as many; others are up to 19.
