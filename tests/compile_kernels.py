@@ -311,8 +311,8 @@ def unfenced_loads(listing: str) -> int:
     """Releases of buffers to the copy engine, in the order of the code, after loads from shared memory without what orders
     these before what the copy engine writes next: a fence of each thread, then the warpgroup's barrier.
 
-    Loads are two or more, of more than four bytes a thread each, as all of the copy engine's data are read, and between them and
-    the release no barrier is asked and nothing stored in global memory, as is after those of results on their way out.
+    Loads are two or more, of more than four bytes a thread each, as all of the copy engine's data are read, and between them
+    and the release no barrier is asked and nothing stored in global memory, as is after those of results on their way out.
     """
     unfenced = loads = 0
     is_fenced = is_ordered = False

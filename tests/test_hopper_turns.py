@@ -24,7 +24,18 @@ def as_python(function, **names):
 
 
 GL = SimpleNamespace(maximum=max, minimum=min, where=lambda condition, yes, no: yes if condition else no)
-CONSTANTS = {name: getattr(turns, name).value for name in ("BLOCK", "_BLOCKS_OF_A_DIRECTION", "_LONG_TILES", "_NO_TURN")}
+# What these do with tensors of one number.
+OF_TENSORS = {
+    "zeros": lambda *_: 0,
+    "max": lambda number, axis: number,
+    "static_range": range,
+    "int32": int,
+    "BlockedLayout": lambda *_: None,
+}
+CONSTANTS = {
+    name: getattr(turns, name).value
+    for name in ("BLOCK", "_BLOCKS_OF_A_DIRECTION", "_LONG_TILES", "_NO_TURN", "ANNOUNCEMENTS", "_FACTS")
+}
 
 
 def place_of(geometry: PrefillGeometry, heads: int, number: int):
@@ -44,6 +55,22 @@ def place_of(geometry: PrefillGeometry, heads: int, number: int):
     )
     place = as_python(turns.place_of, row_span=row_span, **CONSTANTS)
     return place(number, shape, None, geometry.valid_ranges is not None)
+
+
+class Shared:
+    """Numbers in shared memory, or one of them."""
+
+    def __init__(self, numbers, place=0):
+        self.numbers, self.place = numbers, place
+
+    def index(self, place):
+        return Shared(self.numbers, place)
+
+    def load(self, layout):
+        return self.numbers[self.place]
+
+    def store(self, value):
+        self.numbers[self.place] = value
 
 
 class TurnCounter:
@@ -128,6 +155,29 @@ def test_turns_without_queries_are_passed_over():
     assert draw(999, shape, None, counter, 0, True) == (-1, 0)
 
 
+def test_what_is_announced_of_a_turn_is_what_is_read():
+    ranges = torch.tensor([[100, 900], [0, 450]], dtype=torch.int32)
+    geometry = PrefillGeometry(2, 700, 900, 200, 128, ranges)
+    opened = []
+    mbarrier = SimpleNamespace(arrive=lambda barrier, count: opened.append(barrier.place), wait=lambda *_: None)
+    names = {**CONSTANTS, "gl": SimpleNamespace(**vars(GL), **OF_TENSORS), "mbarrier": mbarrier}
+    names["_read"] = as_python(turns._read, **names)
+    announce, await_turn, steps_of, target_of = (
+        as_python(function, **names) for function in (turns.announce, turns.await_turn, turns.steps_of, turns.target_of)
+    )
+    announcements = Shared([None] * CONSTANTS["ANNOUNCEMENTS"] * CONSTANTS["_FACTS"])
+    turn_full = Shared([None] * CONSTANTS["ANNOUNCEMENTS"])
+    of_turns = {turn: place_of(geometry, 3, 7 * turn) for turn in range(4)}
+    for turn, place in of_turns.items():
+        announce(announcements, turn_full, turn, 7 * turn, 10 + turn, 20 + turn, place)
+    assert opened == [0, 1, 2, 3]
+    for turn, ((row, head, _), (own, first_row), span) in of_turns.items():
+        assert await_turn(announcements, turn_full, turn) == 7 * turn
+        assert steps_of(announcements, turn) == (10 + turn, 20 + turn, span.key_end - own * 128)
+        first_query, end_query = span.query_begin - own * 128, span.query_end - own * 128
+        assert target_of(announcements, turn) == (7 * turn, row, head, first_row, first_query, end_query)
+
+
 @pytest.mark.parametrize("listed", [1, 2, 7])
 def test_lists_are_walked_up_and_down_in_turn(listed):
     """Every entry but the last, which is computed first, once; down in every other run of 128 query blocks."""
@@ -161,26 +211,7 @@ def test_turns_noted_by_either_warpgroup_are_drawn_again():
     def store(pointer, value):
         pointer.table[pointer.place] = value
 
-    class Shared:
-        """Numbers in shared memory, or one of them."""
-
-        def __init__(self, numbers, place=0):
-            self.numbers, self.place = numbers, place
-
-        def index(self, place):
-            return Shared(self.numbers, place)
-
-        def load(self, layout):
-            return self.numbers[self.place]
-
-        def store(self, value):
-            self.numbers[self.place] = value
-
-    def layout(*_):
-        return None
-
-    of_tensors = {"zeros": lambda *_: 0, "max": lambda number, axis: number, "int32": int, "BlockedLayout": layout}
-    gl = SimpleNamespace(**vars(GL), load=load, store=store, **of_tensors)
+    gl = SimpleNamespace(**vars(GL), load=load, store=store, **OF_TENSORS)
     note = as_python(turns.note_retake, gl=gl)
     length = as_python(
         turns._list_length, gl=gl, place_of=lambda number, *_: ((0, number // tiles, number % tiles), None, None)

@@ -168,7 +168,7 @@ def compute_step(
     mean_weights = buffers[3].index(now % STAGES).reshape([zeros.shape[1]])
     logits = warpgroup_mma_wait(1, deps=[logits_in_work])
     if KIND == "means":
-        # Loaded while the product runs, a quarter of a kilobyte a thread would find no registers.
+        # Not while the product runs: at head_dim 128 their 32 registers a thread pushed others out.
         log2_tokens = mean_weights.load(gl.SliceLayout(0, logits_layout))
         # They must have been read before the keys are released: the next ones come with the next keys.
         finish_loads()

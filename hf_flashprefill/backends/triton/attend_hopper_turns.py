@@ -19,7 +19,7 @@ BLOCK = gl.constexpr(128)
 # Announcements kept. While a warpgroup is at turn t, that of t + 3 may have been made, but no later one: before it the queries
 # of t + 3 want the buffer, one of two at most, that those of t + 1 are still to be read from.
 ANNOUNCEMENTS = gl.constexpr(4)
-SHARED_NUMBER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+_SHARED_NUMBER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 # What is said of a turn, ``announce``.
 _FACTS = gl.constexpr(9)
 # Announced after the last turn.
@@ -34,7 +34,7 @@ _BLOCKS_OF_A_DIRECTION = gl.constexpr(128)
 @gluon.jit
 def make_announcements():
     """Room for what is said of turns, int32 [ANNOUNCEMENTS * _FACTS, 1]."""
-    return gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS * _FACTS, 1], SHARED_NUMBER)
+    return gl.allocate_shared_memory(gl.int32, [ANNOUNCEMENTS * _FACTS, 1], _SHARED_NUMBER)
 
 
 @gluon.jit
@@ -195,7 +195,7 @@ def next_number(next_turn_ptr):
 def make_noted():
     """Room for the turn that each computing warpgroup noted last, int32 [2, 1], none yet."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    noted = gl.allocate_shared_memory(gl.int32, [2, 1], SHARED_NUMBER)
+    noted = gl.allocate_shared_memory(gl.int32, [2, 1], _SHARED_NUMBER)
     for warpgroup in gl.static_range(2):
         noted.index(warpgroup).store(gl.full([1], -1, gl.int32, layout))
     return noted
