@@ -2,7 +2,8 @@
 
 Every multiprocessor has one program. Its loading warp draws the number of the next turn from a counter as soon as the buffers
 are full with the last one's, so that the answer is there before it is needed, and announces it to the computing warpgroups with
-where it stands: worked out by these as well, that took registers which their results need (benchmarks/results/attend-turns-*.txt).
+where it stands: worked out by these as well, that took registers which their results need
+(benchmarks/results/attend-turns-2026-11-29-h200.txt).
 
 Turns whose result a warpgroup could not keep are taken again by the program that took them, after its last one. Each warpgroup
 chains such turns up: in its column of ``retakes`` [turns, 2] stands behind a turn the one noted before it, or -1.
