@@ -354,7 +354,8 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         "barriers_span": _barriers_span(kernel.asm["ptx"]),
         "unfenced_loads": unfenced_loads(listing),
         "releases": listing.count("SYNCS.ARRIVE.TRANS64.A1T0"),
-        "fences": listing.count("FENCE.VIEW.ASYNC"),
+        # Those asked for: ptxas adds some where barriers are made, with triton 3.6 a dozen.
+        "fences": kernel.asm["ptx"].count("fence.proxy.async"),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         "registers": int(re.findall(r"Used (\d+) registers", said)[-1]),
         "warnings": re.findall(r"C75\d\d", said),

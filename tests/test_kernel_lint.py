@@ -26,12 +26,12 @@ def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
 
 
 def _fences(kernel: str, head_dim: int) -> int:
-    """How many fences between memory and copy engine or products an attend kernel for Hopper needs: two when it begins; in
+    """How many fences between memory and copy engine or products an attend kernel for Hopper asks for: one when it begins; in
     each of two warpgroups and, in bfloat16, of two passes one after loads of queries (head_dim 64) and one after those of the
     weights of means; padded, one after the values of each step of the own block are cleared."""
     is_float16, steps = "float16" in kernel, 2 if head_dim == 256 else 1
     after_loads = (head_dim == 64) + (kernel != "attend_hopper")
-    return 2 + 2 * (1 if is_float16 else 2) * after_loads + 2 * steps * ("padded" in kernel)
+    return 1 + 2 * (1 if is_float16 else 2) * after_loads + 2 * steps * ("padded" in kernel)
 
 
 def test_unfenced_loads_are_seen():
