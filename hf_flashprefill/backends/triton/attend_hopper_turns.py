@@ -22,7 +22,7 @@ BLOCK = gl.constexpr(128)
 # of t + 3 want the buffer, one of two at most, that those of t + 1 are still to be read from.
 ANNOUNCEMENTS = gl.constexpr(4)
 _SHARED_NUMBER = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-# What is said of a turn, ``announce``.
+# How much is said of a turn, in the order of ``announce``, by which it is read.
 _FACTS = gl.constexpr(9)
 # Announced after the last turn.
 _NO_TURN = gl.constexpr(-1)
@@ -111,6 +111,7 @@ def place_of(number, shape, ranges_ptr, HAS_RANGES: gl.constexpr):
     row_head = number // of_head
     tile = tiles - 1 - skipped - (number - row_head * of_head)
     batch = row_head // heads
+    # The host adds the offset to the length: their sum, worked out once per program, was spilled.
     span = row_span(ranges_ptr, batch, query_offset, query_end - query_offset, kv_len, HAS_RANGES)
     start, query_begin, _, _ = span
     own = query_begin // BLOCK + first_query_block + tile
