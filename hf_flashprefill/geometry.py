@@ -64,12 +64,6 @@ class PrefillGeometry:
         """Most key blocks that query block number ``query_block`` (from 0) of any row can see."""
         return min(self.key_blocks, self.query_offset // self.block_size + query_block + 1)
 
-    def is_even(self, first_query_block: int, query_blocks: int) -> bool:
-        """Whether the first of ``query_blocks`` query blocks sees at least half the key blocks that the last sees, in a row
-        without padding: then all of them are about as much work."""
-        last_query_block = first_query_block + query_blocks - 1
-        return 2 * self.visible_blocks_bound(first_query_block) >= self.visible_blocks_bound(last_query_block)
-
     def certain_blocks(self, query_block: int) -> int:
         """Key blocks that every row of query block number ``query_block`` sees whole, as far as the host knows.
 

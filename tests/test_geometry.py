@@ -21,22 +21,6 @@ def test_query_blocks_cover_every_valid_query(case, block_size):
             assert block < geometry.visible_blocks_bound(tile)
 
 
-@pytest.mark.parametrize(
-    ("offset", "first", "count", "expected"),
-    [
-        (0, 0, 2, True),
-        (0, 0, 3, False),
-        (0, 3, 5, True),
-        (0, 3, 6, False),
-        (512, 0, 6, True),
-        (512, 0, 7, False),
-        (128, 0, 1, True),
-    ],
-)
-def test_query_blocks_are_even_if_the_first_sees_half_of_what_the_last_sees(offset, first, count, expected):
-    assert PrefillGeometry(1, 1280, offset + 1280, offset, 128).is_even(first, count) == expected
-
-
 def test_padding_does_not_move_a_row_on_its_grid():
     alone = PrefillGeometry(1, 300, 300, 0, 128).row_spans()[0]
     padded = PrefillGeometry(1, 400, 400, 0, 128, torch.tensor([[100, 400]])).row_spans()[0]

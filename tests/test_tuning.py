@@ -13,16 +13,25 @@ def test_programs_of_the_published_rule_take_many_heads(heads, programs, expecte
 
 
 @pytest.mark.parametrize(
-    ("programs", "tiles", "is_even", "expected"),
+    ("programs", "shortest", "longest", "expected"),
     [
-        (176, 256, True, 3),
-        (176, 256, False, 1),
-        (264, 256, True, 1),
-        (48, 256, True, 8),
-        (132, 256, True, 1),
-        (131, 1, True, 1),
-        (1, 1000, True, 8),
+        # Even: the last of the turns would be short of programs.
+        (176, 192, 256, 3),
+        (132, 252, 256, 1),
+        (264, 192, 256, 1),
+        # One turn, in which the shortest wait for the longest; a second evens that out.
+        (128, 1, 16, 2),
+        (128, 49, 64, 2),
+        # Idle multiprocessors.
+        (48, 192, 256, 8),
+        (64, 1, 8, 2),
+        (1, 1000, 1000, 8),
+        # Nothing to cut.
+        (131, 1, 1, 1),
+        # Short ones fill the gaps.
+        (192, 1, 24, 1),
+        (256, 1, 32, 1),
     ],
 )
-def test_few_programs_of_equal_length_are_cut_along_the_keys(programs, tiles, is_even, expected):
-    assert probe_splits(programs, at_once=132, tiles=tiles, is_even=is_even) == expected
+def test_few_programs_are_cut_along_the_keys(programs, shortest, longest, expected):
+    assert probe_splits(programs, at_once=132, shortest=shortest, longest=longest) == expected
