@@ -176,7 +176,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "run_means",
         means._run_means_kernel.warmup(
-            key, key, key, 4, 1, 4, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4,
+            key, key, key, 4, 1, MEAN_BLOCKS=16, HEAD_DIM=head_dim, BLOCK_D=head_dim, RUNS=means.TILE // head_dim, num_warps=4,
             enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip

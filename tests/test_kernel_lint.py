@@ -16,9 +16,6 @@ ROOT = Path(__file__).parent.parent
 
 def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
     """Bytes that a kernel may spill outside its loops, in which it may not but for what is said there."""
-    if kernel in ("attend", "attend window sinks", "attend means"):
-        # Once before the loops, up to 40 bytes with triton 3.6 and 24 with 3.9.
-        return 40 if head_dim == 128 else 4
     if kernel.startswith("attend_hopper") and head_dim == 256:
         # Nothing with triton 3.6, whose figures are in the README; with 3.7 to 3.9 up to 32 bytes, counted over both passes.
         return 32

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
 from .means import RunMeans, first_weight, weigh_means
-from .primitives import LARGEST_TOTAL, compute_capability, copy_engine_takes, launch_context, row_span
+from .primitives import LARGEST_TOTAL, compute_capability, copy_engine_takes, launch_context, not_before, row_span
 from .tuning import AttendTiles, attend_tiles
 
 
@@ -111,9 +111,11 @@ def _attend(
             keys = tl.load(key_tile + offset * stride_ks, mask=is_key[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(queries, keys, input_precision="ieee") * scale_log2
         distance = positions[:, None] - key_positions[None, :]
-        is_seen = distance >= 0
         if HAS_WINDOW:
-            is_seen &= distance < sliding_window
+            # One comparison: below zero is far beyond every window.
+            is_seen = distance.to(tl.uint32) < sliding_window.to(tl.uint32)
+        else:
+            is_seen = distance >= 0
         logits = tl.where(is_seen, logits, float("-inf"))
         weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
         if HAS_DESCRIPTORS:
@@ -291,6 +293,10 @@ def _attend_kernel(
                     BLOCK, BLOCK_M, BLOCK_N, HAS_RANGES, HAS_DESCRIPTORS, HAS_WINDOW, HAS_SINKS, HAS_MEANS,
                 )  # fmt: skip
         accumulator = accumulator / total[:, None]
+        # Anew: kept through the loops they were spilled.
+        positions = first_position + not_before(tl.arange(0, BLOCK_M))
+        is_query = (positions >= query_begin) & (positions < query_end)
+        query_rows = (start - query_offset + positions).to(tl.int64)
         tl.store(
             output_ptr + batch * stride_ob + head * stride_oh + query_rows[:, None] * stride_os + channels[None, :],
             accumulator.to(output_ptr.dtype.element_ty),

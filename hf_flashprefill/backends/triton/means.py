@@ -29,14 +29,14 @@ class RunMeans(NamedTuple):
     value: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["blocks", "rows", "mean_blocks"])
+@triton.jit(do_not_specialize=["blocks", "rows"])
 def _run_means_kernel(
     keys_ptr,
     values_ptr,
     output_ptr,
     blocks,
     rows,
-    mean_blocks,
+    MEAN_BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RUNS: tl.constexpr,
@@ -51,15 +51,16 @@ def _run_means_kernel(
     if is_value:
         source_ptr = values_ptr
     total = tl.zeros((RUNS, BLOCK_D), tl.float32)
-    for back in range(mean_blocks - 1, -1, -1):
-        block = last - back
+    # Unrolled, so that the loads do not wait for one another.
+    for i in tl.static_range(MEAN_BLOCKS):
+        block = last - (MEAN_BLOCKS - 1 - i)
         is_block = (block >= 0) & (block < blocks)
         source = (head * blocks + block)[:, None] * HEAD_DIM + channels[None, :]
         total += tl.load(source_ptr + source, mask=is_block[:, None] & in_head, other=0.0).to(tl.float32)
-    mean = tl.where((last < blocks)[:, None], total / tl.minimum(last + 1, mean_blocks)[:, None], 0.0)
-    row = (tl.num_programs(1) * is_value + head) * mean_blocks + last % mean_blocks
-    target = output_ptr + (row * rows + last // mean_blocks)[:, None] * HEAD_DIM + channels[None, :]
-    tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < rows * mean_blocks)[:, None] & in_head)
+    mean = tl.where((last < blocks)[:, None], total / tl.minimum(last + 1, MEAN_BLOCKS)[:, None], 0.0)
+    row = (tl.num_programs(1) * is_value + head) * MEAN_BLOCKS + last % MEAN_BLOCKS
+    target = output_ptr + (row * rows + last // MEAN_BLOCKS)[:, None] * HEAD_DIM + channels[None, :]
+    tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < rows * MEAN_BLOCKS)[:, None] & in_head)
 
 
 def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: int) -> RunMeans:
@@ -76,7 +77,7 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
             output,
             blocks,
             rows,
-            mean_blocks,
+            MEAN_BLOCKS=mean_blocks,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             RUNS=runs,
