@@ -129,13 +129,14 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
-    for name, is_blend in (("list shares", False), ("list blends", True)):
+    for name, tile_blocks in (("list shares", 4), ("list blends", 4), ("list peaks", 8)):
         yield (
             name,
             shares._list_shares_kernel.warmup(
                 scores, scores, None, number, counts, -1.0, *lengths, 4, 0, 4, 4, 4, 4, 2, 4, 2, HEADS=group, QUERY_BLOCKS=1,
-                ROWS=tiles.rows, BLOCK=BLOCK, SLOTS=16, TILE_BLOCKS=4, BLOCK_LIST=shares.BLOCK_LIST, IS_RELATIVE=False,
-                IS_BLEND=is_blend, LOG2_WEIGHT=4.0, HAS_RANGES=False, num_warps=1, enable_fp_fusion=True, grid=(1,),
+                ROWS=tiles.rows, BLOCK=BLOCK, SLOTS=16, TILE_BLOCKS=tile_blocks, BLOCK_LIST=shares.BLOCK_LIST,
+                IS_RELATIVE=name == "list peaks", IS_BLEND=name == "list blends", LOG2_WEIGHT=4.0, HAS_RANGES=False,
+                num_warps=1, enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 
@@ -332,10 +333,26 @@ def unfenced_loads(listing: str) -> int:
     return unfenced
 
 
+def scattered_reductions(ttgir: str) -> int:
+    """Reductions along an axis whose elements are in threads that do not stand side by side, as where lane bits 0, 3 and 4 tell
+    them apart: triton 3.6 then exchanges by bits 0, 1 and 2. Layouts given as slices of such are not looked at."""
+    layouts = dict(re.findall(r"^(#linear\d*) = #ttg\.linear<.*?lane = (\[.*?\]), warp", ttgir, re.MULTILINE))
+    found = re.findall(
+        r'"tt\.(?:reduce|scan)"\([^)]*\) <\{axis = (\d+)[^}]*\}> \(\{.*?\}\) : \(tensor<[^,]*, (#\w+)>', ttgir, re.DOTALL
+    )
+    scattered = 0
+    for axis, layout in found:
+        steps = [step[int(axis)] for step in json.loads(layouts.get(layout, "[]"))]
+        lanes = [lane for lane, step in enumerate(steps) if step]
+        scattered += lanes != list(range(min(lanes, default=0), max(lanes, default=-1) + 1))
+    return scattered
+
+
 def verdict(kernel: Any, capability: int) -> dict[str, Any]:
     """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, pairs of numbers that
     loops pack anew, bytes over which barriers are spread, releases after loads without a fence, how many releases and fences
-    there are, ptxas's warnings about serialised matrix products (C75xx), strides of 32 bits, and 16-byte loads and stores."""
+    there are, ptxas's warnings about serialised matrix products (C75xx), strides of 32 bits, 16-byte loads and stores, and
+    reductions over scattered threads."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -361,6 +378,7 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
         "warnings": re.findall(r"C75\d\d", said),
         "shared_memory": kernel.metadata.shared,
         "narrow_strides": len(re.findall(r"%stride_\w+: i32", kernel.asm.get("ttir") or kernel.asm["ttgir"])),
+        "scattered_reductions": scattered_reductions(kernel.asm["ttgir"]),
         "vector_accesses": len(re.findall(r"(?:ld|st)\.global\.v4\.b32", kernel.asm["ptx"])),
     }
 

@@ -98,7 +98,7 @@ def test_selection_disagrees_only_within_rounding(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("selector", "alpha"), [("share", 0.03), ("blend", 0.06), ("peak", 0.5)])
-@pytest.mark.parametrize("probe", [(8, 8), (4, 16), (32, 1)], ids=str)
+@pytest.mark.parametrize("probe", [(8, 8), (4, 8), (4, 16), (16, 4), (32, 1), (32, 32)], ids=str)
 def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     pool_size, query_stride = probe
     case = Case(1, 8, 2, 4000, 4096, 128, dtype=dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compile_kernels import unfenced_loads
+from tests.compile_kernels import scattered_reductions, unfenced_loads
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +46,21 @@ def test_unfenced_loads_are_seen():
     assert unfenced(fence, barrier, *loads, barrier) == 1
     assert unfenced(asked) == 0
     assert unfenced("@P5 STG.E.128 desc[UR18][R26.64], R68 ;") == 0
+
+
+def test_reductions_over_scattered_threads_are_seen():
+    def scattered(lanes, axis=0):
+        # The maximum over scores that triton 3.6 took over the wrong threads.
+        return scattered_reductions(
+            f"#linear = #ttg.linear<{{register = [[1], [2], [32]], lane = {lanes}, warp = [], block = []}}>\n"
+            f'%threshold = "tt.reduce"(%best) <{{axis = {axis} : i32}}> ({{\n^bb0(%a: f32, %b: f32):\n'
+            "  %c = arith.maxnumf %a, %b : f32\n  tt.reduce.return %c : f32\n}) : (tensor<64xf32, #linear>) -> f32\n"
+        )
+
+    assert scattered("[[4], [0], [0], [8], [16]]") == 1
+    assert scattered("[[0], [0], [4], [8], [16]]") == 0
+    assert scattered("[[0, 4], [4, 0], [8, 0], [0, 8], [0, 16]]", axis=1) == 1
+    assert scattered("[[0, 4], [4, 0], [8, 0], [0, 8], [0, 16]]", axis=0) == 0
 
 
 def test_every_launch_says_whether_products_and_sums_are_fused():
@@ -87,6 +102,7 @@ def test_kernels_compile_clean(capability):
         "probe",
         "list shares",
         "list blends",
+        "list peaks",
         "pools and blocks",
         "blocks",
         "run_means",
@@ -114,6 +130,7 @@ def test_kernels_compile_clean(capability):
             assert found >= least, verdict
             assert (found == 0) == (least == 0), verdict
         assert verdict["warnings"] == [], verdict
+        assert verdict["scattered_reductions"] == 0, verdict
         # Offsets pass 2**31 numbers where batches or prompts are large. Triton overlooks an annotation it does not know.
         assert verdict["narrow_strides"] == 0, verdict
         # Barriers stand together; results, whose memory is the first to be given to others, take kilobytes.

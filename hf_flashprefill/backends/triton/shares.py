@@ -37,27 +37,25 @@ BLOCK_LIST = 64
 
 
 @triton.jit
-def _block_scores(
+def _shares(
     peaks_ptr,
     log_sums_ptr,
     first,
     own,
-    voting,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     BLOCK_LIST: tl.constexpr,
     IS_BLEND: tl.constexpr,
-    LOG2_WEIGHT: tl.constexpr,
 ):
-    """log2 of the largest share that any of a list's queries gives each of BLOCK_LIST blocks from ``first`` on, float32.
+    """log2 of the largest share that a list's queries give each of BLOCK_LIST blocks from ``first`` on and, with IS_BLEND, the
+    sum over those that vote, each of every few queries: float32 [tiles, queries at a time * blocks of a tile].
 
-    With IS_BLEND, or of 2**LOG2_WEIGHT times the geometric mean of those that its ``voting`` queries give, if larger. What is
-    NaN counts as the largest, so that attention shows it.
+    What is NaN counts as the largest, so that attention shows it.
     """
     # Neighbouring threads read the logits of so many queries in one tile, 64 bytes in a row. A thread for each tile, 16 bytes
-    # here and there, kept the first-level cache busy for 90 % of the time, and a list took 465 us instead of 347 at 128K tokens
-    # (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16).
+    # here and there, kept the first-level cache busy for 90 % of the time, and the lists took 465 us instead of 343 at 128K
+    # tokens (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16).
     TOGETHER: tl.constexpr = min(SLOTS, 4)
     # Loads that do not wait for one another.
     AT_ONCE: tl.constexpr = min(SLOTS // TOGETHER, 4)
@@ -80,11 +78,22 @@ def _block_scores(
             if IS_BLEND:
                 # Those that do not vote have an infinite sum.
                 total += tl.where(log_sum != float("inf"), shares, 0.0)
+    return largest, total
+
+
+@triton.jit
+def _block_scores(largest, total, voting, TILE_BLOCKS: tl.constexpr, IS_BLEND: tl.constexpr, LOG2_WEIGHT: tl.constexpr):
+    """Of what ``_shares`` found: log2 of the largest share that any query gives each block, float32 [blocks].
+
+    With IS_BLEND, or of 2**LOG2_WEIGHT times the geometric mean of those that the ``voting`` queries give, if larger.
+    """
+    TILES: tl.constexpr = largest.shape[0]
+    TOGETHER: tl.constexpr = largest.shape[1] // TILE_BLOCKS
     scores = tl.max(largest.reshape(TILES, TOGETHER, TILE_BLOCKS), 1)
     if IS_BLEND:
         mean = tl.sum(total.reshape(TILES, TOGETHER, TILE_BLOCKS), 1) / tl.maximum(voting, 1.0) + LOG2_WEIGHT
         scores = tl.maximum(scores, tl.where(voting > 0, mean, float("-inf")))
-    return scores.reshape(BLOCK_LIST)
+    return scores.reshape(TILES * TILE_BLOCKS)
 
 
 @triton.jit
@@ -174,21 +183,20 @@ def _list_shares_kernel(
             voting = tl.sum((tl.load(log_sums_ptr + tl.arange(0, SLOTS)) != float("inf")).to(tl.float32), 0)
         threshold = log2_alpha
         if IS_RELATIVE:
-            best = tl.full((BLOCK_LIST,), float("-inf"), tl.float32)
+            # The largest of all before they are sorted by blocks: in a layout of scores in which threads of one number do not
+            # stand side by side triton 3.6 reduces wrongly.
+            best = float("-inf")
             for first in range(0, own + 1, BLOCK_LIST):
-                scores = _block_scores(
-                    peaks_ptr, log_sums_ptr, first, own, voting, ROWS, SLOTS, TILE_BLOCKS, BLOCK_LIST, IS_BLEND, LOG2_WEIGHT
-                )
-                best = tl.maximum(best, scores)
-            threshold += tl.max(best, 0)
+                found = _shares(peaks_ptr, log_sums_ptr, first, own, ROWS, SLOTS, TILE_BLOCKS, BLOCK_LIST, False)
+                best = tl.maximum(best, tl.max(tl.max(found[0], 1), 0))
+            threshold += best
         keep_all = own >= tl.cdiv(query_end, BLOCK) - dense_tail_blocks
         zero = tl.zeros((1,), tl.int32)
         list_ptrs = indices_ptr + list_row * width + zero
         for first in range(0, own + 1, BLOCK_LIST):
             blocks = first + tl.arange(0, BLOCK_LIST)
-            scores = _block_scores(
-                peaks_ptr, log_sums_ptr, first, own, voting, ROWS, SLOTS, TILE_BLOCKS, BLOCK_LIST, IS_BLEND, LOG2_WEIGHT
-            )
+            largest, total = _shares(peaks_ptr, log_sums_ptr, first, own, ROWS, SLOTS, TILE_BLOCKS, BLOCK_LIST, IS_BLEND)
+            scores = _block_scores(largest, total, voting, TILE_BLOCKS, IS_BLEND, LOG2_WEIGHT)
             count = append_kept(
                 scores[None, :], blocks, threshold + zero, own + zero, sink_blocks, window_blocks, keep_all | (zero > 0),
                 list_ptrs, count,
