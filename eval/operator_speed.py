@@ -12,27 +12,33 @@ the GPU's queue and nothing of the tensors in its cache.
 
 ``--peer NAME=FILE.py`` times another implementation: the file defines ``prepare(query, key, value, index)``, which returns
 a function without arguments that does the work; ``index`` is the imposed BlockIndex.
+
+``--before FOLDER`` times every stage of another checkout of this repository, too, as ``git worktree add FOLDER COMMIT`` makes
+one, in turns with this one's, and says what share of its time this one takes, how many blocks only one of the two lists at
+the default alpha, and whether both attend to the same bits. It must be new enough to have the same stages.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import hf_flashprefill
 from eval import common, recording
 from eval.pictures import draw_operator
 from eval.schema import ModelRecord, Result
@@ -40,7 +46,7 @@ from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import MEAN_BLOCKS, POOL_SIZES, SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, medians_ms
-from hf_flashprefill.functional import pool_inputs, resolve_backend, selecting_backend, selection_rule
+from hf_flashprefill.functional import resolve_backend
 from hf_flashprefill.geometry import PrefillGeometry
 
 SDPA_BACKENDS = {
@@ -112,30 +118,47 @@ def passes_gate(backend: Any, head_dim: int, args: argparse.Namespace) -> bool:
     return error <= 2 * allowed + 1e-6
 
 
+@functools.cache
+def package_before(folder: Path) -> ModuleType:
+    """The package of another checkout, beside this one's. Its custom op takes the place of this one's."""
+    name, path = "hf_flashprefill_before", folder / "hf_flashprefill" / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def stage_runs(
-    backend: Any, tensors: Tensors, index: BlockIndex, config: FlashPrefillConfig, scale: float
+    backend: Any,
+    tensors: Tensors,
+    index: BlockIndex,
+    config: FlashPrefillConfig,
+    scale: float,
+    package: ModuleType = hf_flashprefill,
 ) -> dict[str, Callable[[], Any]]:
     """The stages of the operator as functions without arguments: pool, select, attend, and operator, all of them in turn.
 
-    What is attended are the lists of ``index``, whatever ``select`` finds.
+    What is attended are the lists of ``index``, whatever ``select`` finds. ``backend``, ``index`` and ``config`` are
+    ``package``'s.
     """
     query, key, value = tensors
-    config = config.resolved()
-    geometry, rule = index.geometry, selection_rule(config)
-    selecting = selecting_backend(config.selector, backend)
+    config, functional = config.resolved(), package.functional
+    geometry, rule = index.geometry, functional.selection_rule(config)
+    selecting = functional.selecting_backend(config.selector, backend)
     blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
     output = torch.empty_like(query)
 
     def pool() -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        return pool_inputs(key, value, geometry, config, backend)
+        return functional.pool_inputs(key, value, geometry, config, backend)
 
     pooled, means = pool()
 
     def select(pooled: torch.Tensor = pooled) -> BlockIndex:
         return selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
 
-    def attend() -> None:
+    def attend() -> torch.Tensor:
         backend.attend_blocks(query, key, value, index, scale=scale, output=output, means=means)
+        return output
 
     def operator() -> None:
         select(pool()[0])
@@ -155,24 +178,73 @@ def audit_run(tensors: Tensors, index: BlockIndex, rows: int, scale: float) -> C
     return run
 
 
+class Stages(NamedTuple):
+    """What a package does with one shape, as functions without arguments.
+
+    Attributes:
+        timed: ``attend`` of the blocks alone, and the stages of every selector.
+        lists: With ``--before``, by selector, what it selects at the default alpha. At that of what is timed all are the same.
+    """
+
+    timed: dict[str, Callable[[], Any]]
+    lists: dict[str, Callable[[], BlockIndex]]
+
+
+def package_stages(package: ModuleType, tensors: Tensors, index: BlockIndex, args: argparse.Namespace) -> Stages:
+    """The stages of this package or another, with its own classes in the place of this one's."""
+    scale, backend = tensors[0].shape[-1] ** -0.5, package.functional.resolve_backend(args.backend, tensors[0])
+    own_index = package.BlockIndex(index.indices, index.counts, package.geometry.PrefillGeometry(**vars(index.geometry)))
+
+    def runs(**settings: Any) -> dict[str, Callable[[], Any]]:
+        config = package.FlashPrefillConfig(**args.config.to_dict() | settings)
+        return stage_runs(backend, tensors, own_index, config, scale, package)
+
+    timed = {"attend": runs(correction=False)["attend"]}
+    for selector in args.selectors:
+        timed |= {f"{stage}_{selector}": run for stage, run in runs(selector=selector).items()}
+    alpha, compared_selectors = FlashPrefillConfig().alpha, args.selectors if args.before else ()
+    return Stages(timed, {selector: runs(selector=selector, alpha=alpha)["select"] for selector in compared_selectors})
+
+
+def stages_before(tensors: Tensors, index: BlockIndex, args: argparse.Namespace) -> Stages:
+    """Those of the checkout that ``--before`` names."""
+    try:
+        return package_stages(package_before(args.before), tensors, index, args)
+    except (AttributeError, ImportError, TypeError) as error:
+        raise common.UsageError(f"--before: {args.before} has other stages: {common.first_line(error)}") from None
+
+
+def compared(now: Stages, before: Stages, times: dict[str, Any]) -> dict[str, dict]:
+    """The share of the time before that each stage takes; by selector, how many blocks only one of the two lists; whether
+    both attend to the same bits."""
+    return {
+        "share_of_time": {name: times[name]["median_ms"] / times[f"{name}_before"]["median_ms"] for name in now.timed},
+        "blocks_apart": {
+            name: int((run().to_mask() != before.lists[name]().to_mask()).sum()) for name, run in now.lists.items()
+        },
+        "same_bits": {n: torch.equal(run(), before.timed[n]()) for n, run in now.timed.items() if n.startswith("attend")},
+    }
+
+
 def measure(length: int, density: float, head_dim: int, batch: int, args: argparse.Namespace) -> dict:
     """All stages and baselines of one shape."""
-    tensors = query, _, _ = random_tensors(batch, length, head_dim, args)
-    backend, scale = resolve_backend(args.backend, query), head_dim**-0.5
+    tensors = random_tensors(batch, length, head_dim, args)
     geometry = PrefillGeometry(batch, length, length, 0, 128)
     index = imposed_index(geometry, args.heads, density, args.device, args.dense_tail_blocks)
 
     def timed(runs: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
         return medians_ms(runs, args.device, args.seconds, queued=True)
 
-    configs = {selector: replace(args.config, selector=selector) for selector in args.selectors}
-    runs = {"attend": stage_runs(backend, tensors, index, replace(args.config, correction=False), scale)["attend"]}
-    for selector, config in configs.items():
-        stages = stage_runs(backend, tensors, index, config, scale)
-        runs |= {f"{stage}_{selector}": run for stage, run in stages.items()}
+    now = package_stages(hf_flashprefill, tensors, index, args)
+    runs = dict(now.timed)
+    if args.before:
+        before = stages_before(tensors, index, args)
+        runs |= {f"{name}_before": run for name, run in before.timed.items()}
     if args.config.audit_rows:
-        runs["audit"] = audit_run(tensors, index, args.config.audit_rows, scale)
+        runs["audit"] = audit_run(tensors, index, args.config.audit_rows, head_dim**-0.5)
     row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, **timed(runs)}
+    if args.before:
+        row["before"] = {"commit": recording.commit_of(args.before), **compared(now, before, row)}
     # Of the kept blocks alone, without means. Two products of 2 * block * block * head_dim operations per kept block.
     row["attend_tflops"] = 4 * 128 * 128 * head_dim * int(index.counts.sum()) / row["attend"]["median_ms"] / 1e9
     for selector in args.selectors:
@@ -192,13 +264,12 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
 
 
 @contextlib.contextmanager
-def portable_kernels() -> Iterator[None]:
-    """Inside, Hopper GPUs select and attend with the portable Triton kernels, too."""
-    from hf_flashprefill.backends import triton
-    from hf_flashprefill.backends.triton import energy_lists, shares
-
+def portable_kernels(packages: Sequence[ModuleType] = (hf_flashprefill,)) -> Iterator[None]:
+    """Inside, Hopper GPUs select and attend with the portable Triton kernels of the packages, too."""
+    gluon = {"": "attend_hopper", ".energy_lists": "energies_hopper", ".shares": "probe_hopper"}
     with contextlib.ExitStack() as restored:
-        for module, name in ((triton, "attend_hopper"), (energy_lists, "energies_hopper"), (shares, "probe_hopper")):
+        for package, (module_name, name) in itertools.product(packages, gluon.items()):
+            module = importlib.import_module(f"{package.__name__}.backends.triton{module_name}")
             restored.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, None)
         yield
@@ -253,6 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--audit-rows", type=int, default=0, help="time the audit of this many rows, too (default: none)")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
+    parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of this repository")
     add_tensor_arguments(parser)
     parser.add_argument("--portable", action="store_true", help="use the portable Triton kernels on Hopper, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
@@ -269,6 +341,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for peer in args.peer:
         if "=" not in peer or not Path(peer.partition("=")[2]).is_file():
             raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
+    if args.before and not (args.before / "hf_flashprefill" / "__init__.py").is_file():
+        raise common.UsageError(f"--before must be a checkout of this repository, got {args.before}")
     check_tensor_arguments(args)
     if args.portable and args.device.type != "cuda":
         raise common.UsageError(f"--portable must come with a GPU, got --device {args.device}")
@@ -303,6 +377,18 @@ def table(rows: list[dict], selectors: list[str]) -> str:
     return common.format_table(header, cells)
 
 
+def table_before(rows: list[dict]) -> str:
+    """Of each shape: the shares of the time before, blocks listed by one of the two only, and whether results are the same."""
+    stages = list(rows[0]["before"]["share_of_time"])
+    cells = []
+    for row in rows:
+        found = row["before"]
+        shares = [f"{found['share_of_time'][stage]:.3f}" for stage in stages]
+        same = "yes" if all(found["same_bits"].values()) else "no"
+        cells.append([str(row["length"]), str(row["head_dim"]), *shares, str(sum(found["blocks_apart"].values())), same])
+    return common.format_table(["tokens", "head dim", *stages, "blocks apart", "same bits"], cells)
+
+
 def operator_run(harness: str, args: argparse.Namespace, implementation: str, config: FlashPrefillConfig) -> Result:
     """What is known of a run on random tensors before its first row: all but the summary and the rows."""
     dtype = str(args.dtype).removeprefix("torch.")
@@ -322,10 +408,22 @@ def peer_checksums(peers: list[str]) -> list[list]:
     return [[name, zlib.crc32(Path(path).read_bytes())] for name, _, path in named]
 
 
+def package_checksum(folder: Path | None) -> int | None:
+    """Of the source of the package in a checkout, however it came there."""
+    if folder is None:
+        return None
+    checksum = 0
+    for path in sorted((folder / "hf_flashprefill").rglob("*.py")):
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return checksum
+
+
 def report(result: Result, output: Path, selectors: list[str]) -> None:
     """Print a table and where the files are, draw a single shape's lengths, and print the speed-ups as the last line."""
     rows = result.rows
     print(table(rows, selectors))
+    if "before" in rows[0]:
+        print(f"\nTime by that of {rows[0]['before']['commit']}:\n{table_before(rows)}")
     if len({(row["head_dim"], row["batch"]) for row in rows}) == 1:
         picture = output.with_suffix(".png")
         draw_operator(rows).savefig(picture, dpi=130)
@@ -347,11 +445,12 @@ def main(argv: list[str]) -> int:
     names = [f"{i}/{length}" for i, (length, *_) in enumerate(shapes)]
     run = operator_run("operator_speed", args, backend.__name__, args.config)
     output = args.output or dated_output("benchmarks/results", "operator", run)
-    with torch.no_grad(), portable_kernels() if args.portable else contextlib.nullcontext():
+    packages = [hf_flashprefill, *([package_before(args.before)] if args.before else [])]
+    with torch.no_grad(), portable_kernels(packages) if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1
-        others = {"peers": peer_checksums(args.peer)}
+        others = {"peers": peer_checksums(args.peer), "before": package_checksum(args.before)}
         result = recording.time_and_record(run, output, names, lambda i: [measure(*shapes[i], args)], "shape", others)
     if result:
         report(result, output, args.selectors)

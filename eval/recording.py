@@ -139,7 +139,7 @@ def recorded_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The options that a result records as arguments: not those that its other parts hold, nor where files are."""
     of_config = {"alpha", "selector", "min_seq_len", "config", "config_defaults", "set"}
     of_config |= {"pool_size", "correction", "mean_blocks"}
-    left_out = {"output", "peer", "device", "dtype", "model", "shape", "backend"} | of_config
+    left_out = {"output", "peer", "before", "device", "dtype", "model", "shape", "backend"} | of_config
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in left_out}
 
 
@@ -156,7 +156,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": package_version("triton"),
         "transformers": transformers.__version__,
         "hf_flashprefill": hf_flashprefill.__version__,
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
     }
 
 
@@ -188,10 +188,11 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _commit() -> str | None:
+def commit_of(folder: Path) -> str | None:
+    """Of the checkout that a folder is in, with "-dirty" if it differs; None if it is in none."""
     try:
         answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

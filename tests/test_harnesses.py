@@ -1,6 +1,10 @@
 """The other harnesses, run for real at small sizes."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,9 @@ from eval import common, layout_speed, operator_speed, train_recall, ttft, vllm_
 from eval.haystack import standard_library_text
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.backends import torch as torch_backend
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("pool", "select", "attend", "operator")
 
 
 def test_operator_speed_measures_and_records(tmp_path, capsys):
@@ -48,6 +55,51 @@ def test_a_peer_is_timed_on_the_same_tensors_and_lists(tmp_path):
         operator_speed.main([*arguments, "--peer", "mine=nowhere.py"])
     with pytest.raises(common.UsageError, match="--portable must come with a GPU"):
         operator_speed.main([*arguments, "--portable"])
+
+
+def test_another_checkout_is_timed_in_turns_and_compared(tmp_path):
+    rule = "rule = {name: getattr(config, name) for name in names}"
+
+    def before(folder, own_rule):
+        """What a run says of a copy of the package that has another rule of selection."""
+        shutil.copytree(ROOT / "hf_flashprefill", folder / "hf_flashprefill", ignore=shutil.ignore_patterns("__pycache__"))
+        functional = folder / "hf_flashprefill" / "functional.py"
+        text = functional.read_text()
+        assert rule in text
+        functional.write_text(text.replace(rule, own_rule))
+        path = folder / "operator.json"
+        # A process of its own: the copy's custom op takes the place of ours.
+        command = [sys.executable, "-m", "eval.operator_speed", "--lengths", "1024", "--seconds", "0", "--device", "cpu"]
+        command += ["--before", str(folder), "--output", str(path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        record = json.loads(path.read_text())
+        assert str(folder) not in path.read_text()
+        (row,) = record["rows"]
+        return row, row["before"]
+
+    row, same = before(tmp_path / "same", rule)
+    assert same["share_of_time"] == {
+        name: row[name]["median_ms"] / row[f"{name}_before"]["median_ms"]
+        for name in ("attend", *(f"{stage}_{rule}" for rule in ("blend", "flashprefill") for stage in STAGES))
+    }
+    assert same["blocks_apart"] == {"blend": 0, "flashprefill": 0}
+    assert same["same_bits"] == {"attend": True, "attend_blend": True, "attend_flashprefill": True}
+    _, other = before(tmp_path / "other", rule + ' | {"alpha": 1.0}')
+    # Of eight blocks the published rule keeps all as sinks, window and last query blocks.
+    assert other["blocks_apart"]["blend"] > 0
+    assert other["blocks_apart"]["flashprefill"] == 0
+
+
+def test_a_checkout_without_the_same_stages_is_refused(tmp_path):
+    arguments = ["--lengths", "512", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path / "operator.json")]
+    with pytest.raises(common.UsageError, match="--before must be a checkout"):
+        operator_speed.main([*arguments, "--before", str(tmp_path)])
+    (tmp_path / "hf_flashprefill").mkdir()
+    (tmp_path / "hf_flashprefill" / "__init__.py").write_text("")
+    with pytest.raises(common.UsageError, match="has other stages: .*functional"):
+        operator_speed.main([*arguments, "--before", str(tmp_path)])
+    assert not (tmp_path / "operator.json").exists()
 
 
 def test_portable_sets_every_gluon_kernel_aside_and_puts_it_back():
