@@ -31,15 +31,14 @@ import torch
 from eval import common, profiling, recording
 from eval.operator_speed import (
     KERNEL_SELECTORS,
-    Tensors,
     add_tensor_arguments,
     check_tensor_arguments,
     dated_output,
     operator_run,
     random_tensors,
-    stage_runs,
 )
 from eval.schema import Result
+from eval.stages import Tensors, stage_runs
 from eval.ttft import config_for_density
 from hf_flashprefill import BlockIndex, FlashPrefillConfig, KeptPools, flash_prefill_attention
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, medians_ms

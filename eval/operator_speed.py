@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import itertools
 import json
@@ -32,16 +31,17 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hf_flashprefill
-from eval import common, recording
+from eval import before, common, recording
 from eval.pictures import draw_operator
 from eval.schema import ModelRecord, Result
+from eval.stages import Tensors, package_stages
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import MEAN_BLOCKS, POOL_SIZES, SELECTORS, SORTING_SELECTORS
@@ -56,8 +56,6 @@ SDPA_BACKENDS = {
 }
 KERNEL_SELECTORS = [name for name in SELECTORS if name not in SORTING_SELECTORS]
 BASELINES = (*SDPA_BACKENDS, "flex")
-
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def dense_attention(name: str, tensors: Tensors) -> Callable[[], torch.Tensor]:
@@ -118,55 +116,6 @@ def passes_gate(backend: Any, head_dim: int, args: argparse.Namespace) -> bool:
     return error <= 2 * allowed + 1e-6
 
 
-@functools.cache
-def package_before(folder: Path) -> ModuleType:
-    """The package of another checkout, beside this one's. Its custom op takes the place of this one's."""
-    name, path = "hf_flashprefill_before", folder / "hf_flashprefill" / "__init__.py"
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=[str(path.parent)])
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def stage_runs(
-    backend: Any,
-    tensors: Tensors,
-    index: BlockIndex,
-    config: FlashPrefillConfig,
-    scale: float,
-    package: ModuleType = hf_flashprefill,
-) -> dict[str, Callable[[], Any]]:
-    """The stages of the operator as functions without arguments: pool, select, attend, and operator, all of them in turn.
-
-    What is attended are the lists of ``index``, whatever ``select`` finds. ``backend``, ``index`` and ``config`` are
-    ``package``'s.
-    """
-    query, key, value = tensors
-    config, functional = config.resolved(), package.functional
-    geometry, rule = index.geometry, functional.selection_rule(config)
-    selecting = functional.selecting_backend(config.selector, backend)
-    blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
-    output = torch.empty_like(query)
-
-    def pool() -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        return functional.pool_inputs(key, value, geometry, config, backend)
-
-    pooled, means = pool()
-
-    def select(pooled: torch.Tensor = pooled) -> BlockIndex:
-        return selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
-
-    def attend() -> torch.Tensor:
-        backend.attend_blocks(query, key, value, index, scale=scale, output=output, means=means)
-        return output
-
-    def operator() -> None:
-        select(pool()[0])
-        attend()
-
-    return {stage.__name__: stage for stage in (pool, select, attend, operator)}
-
-
 def audit_run(tensors: Tensors, index: BlockIndex, rows: int, scale: float) -> Callable[[], torch.Tensor]:
     """The audit of ``rows`` query rows against the lists of ``index``, which costs the same whatever selected them."""
 
@@ -176,54 +125,6 @@ def audit_run(tensors: Tensors, index: BlockIndex, rows: int, scale: float) -> C
         return audit.dropped()
 
     return run
-
-
-class Stages(NamedTuple):
-    """What a package does with one shape, as functions without arguments.
-
-    Attributes:
-        timed: ``attend`` of the blocks alone, and the stages of every selector.
-        lists: With ``--before``, by selector, what it selects at the default alpha. At that of what is timed all are the same.
-    """
-
-    timed: dict[str, Callable[[], Any]]
-    lists: dict[str, Callable[[], BlockIndex]]
-
-
-def package_stages(package: ModuleType, tensors: Tensors, index: BlockIndex, args: argparse.Namespace) -> Stages:
-    """The stages of this package or another, with its own classes in the place of this one's."""
-    scale, backend = tensors[0].shape[-1] ** -0.5, package.functional.resolve_backend(args.backend, tensors[0])
-    own_index = package.BlockIndex(index.indices, index.counts, package.geometry.PrefillGeometry(**vars(index.geometry)))
-
-    def runs(**settings: Any) -> dict[str, Callable[[], Any]]:
-        config = package.FlashPrefillConfig(**args.config.to_dict() | settings)
-        return stage_runs(backend, tensors, own_index, config, scale, package)
-
-    timed = {"attend": runs(correction=False)["attend"]}
-    for selector in args.selectors:
-        timed |= {f"{stage}_{selector}": run for stage, run in runs(selector=selector).items()}
-    alpha, compared_selectors = FlashPrefillConfig().alpha, args.selectors if args.before else ()
-    return Stages(timed, {selector: runs(selector=selector, alpha=alpha)["select"] for selector in compared_selectors})
-
-
-def stages_before(tensors: Tensors, index: BlockIndex, args: argparse.Namespace) -> Stages:
-    """Those of the checkout that ``--before`` names."""
-    try:
-        return package_stages(package_before(args.before), tensors, index, args)
-    except (AttributeError, ImportError, TypeError) as error:
-        raise common.UsageError(f"--before: {args.before} has other stages: {common.first_line(error)}") from None
-
-
-def compared(now: Stages, before: Stages, times: dict[str, Any]) -> dict[str, dict]:
-    """The share of the time before that each stage takes; by selector, how many blocks only one of the two lists; whether
-    both attend to the same bits."""
-    return {
-        "share_of_time": {name: times[name]["median_ms"] / times[f"{name}_before"]["median_ms"] for name in now.timed},
-        "blocks_apart": {
-            name: int((run().to_mask() != before.lists[name]().to_mask()).sum()) for name, run in now.lists.items()
-        },
-        "same_bits": {n: torch.equal(run(), before.timed[n]()) for n, run in now.timed.items() if n.startswith("attend")},
-    }
 
 
 def measure(length: int, density: float, head_dim: int, batch: int, args: argparse.Namespace) -> dict:
@@ -236,15 +137,15 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
         return medians_ms(runs, args.device, args.seconds, queued=True)
 
     now = package_stages(hf_flashprefill, tensors, index, args)
-    runs = dict(now.timed)
+    runs, of_before = dict(now.timed), None
     if args.before:
-        before = stages_before(tensors, index, args)
-        runs |= {f"{name}_before": run for name, run in before.timed.items()}
+        of_before = before.stages(tensors, index, args)
+        runs |= {f"{name}_before": run for name, run in of_before.timed.items()}
     if args.config.audit_rows:
         runs["audit"] = audit_run(tensors, index, args.config.audit_rows, head_dim**-0.5)
     row: dict = {"length": length, "density": index.density(), "head_dim": head_dim, "batch": batch, **timed(runs)}
-    if args.before:
-        row["before"] = {"commit": recording.commit_of(args.before), **compared(now, before, row)}
+    if of_before:
+        row["before"] = {"commit": recording.commit_of(args.before), **before.compared(now, of_before, row)}
     # Of the kept blocks alone, without means. Two products of 2 * block * block * head_dim operations per kept block.
     row["attend_tflops"] = 4 * 128 * 128 * head_dim * int(index.counts.sum()) / row["attend"]["median_ms"] / 1e9
     for selector in args.selectors:
@@ -377,18 +278,6 @@ def table(rows: list[dict], selectors: list[str]) -> str:
     return common.format_table(header, cells)
 
 
-def table_before(rows: list[dict]) -> str:
-    """Of each shape: the shares of the time before, blocks listed by one of the two only, and whether results are the same."""
-    stages = list(rows[0]["before"]["share_of_time"])
-    cells = []
-    for row in rows:
-        found = row["before"]
-        shares = [f"{found['share_of_time'][stage]:.3f}" for stage in stages]
-        same = "yes" if all(found["same_bits"].values()) else "no"
-        cells.append([str(row["length"]), str(row["head_dim"]), *shares, str(sum(found["blocks_apart"].values())), same])
-    return common.format_table(["tokens", "head dim", *stages, "blocks apart", "same bits"], cells)
-
-
 def operator_run(harness: str, args: argparse.Namespace, implementation: str, config: FlashPrefillConfig) -> Result:
     """What is known of a run on random tensors before its first row: all but the summary and the rows."""
     dtype = str(args.dtype).removeprefix("torch.")
@@ -408,22 +297,12 @@ def peer_checksums(peers: list[str]) -> list[list]:
     return [[name, zlib.crc32(Path(path).read_bytes())] for name, _, path in named]
 
 
-def package_checksum(folder: Path | None) -> int | None:
-    """Of the source of the package in a checkout, however it came there."""
-    if folder is None:
-        return None
-    checksum = 0
-    for path in sorted((folder / "hf_flashprefill").rglob("*.py")):
-        checksum = zlib.crc32(path.read_bytes(), checksum)
-    return checksum
-
-
 def report(result: Result, output: Path, selectors: list[str]) -> None:
     """Print a table and where the files are, draw a single shape's lengths, and print the speed-ups as the last line."""
     rows = result.rows
     print(table(rows, selectors))
     if "before" in rows[0]:
-        print(f"\nTime by that of {rows[0]['before']['commit']}:\n{table_before(rows)}")
+        print(f"\nTime by that of {rows[0]['before']['commit']}:\n{before.table(rows)}")
     if len({(row["head_dim"], row["batch"]) for row in rows}) == 1:
         picture = output.with_suffix(".png")
         draw_operator(rows).savefig(picture, dpi=130)
@@ -445,12 +324,12 @@ def main(argv: list[str]) -> int:
     names = [f"{i}/{length}" for i, (length, *_) in enumerate(shapes)]
     run = operator_run("operator_speed", args, backend.__name__, args.config)
     output = args.output or dated_output("benchmarks/results", "operator", run)
-    packages = [hf_flashprefill, *([package_before(args.before)] if args.before else [])]
+    packages = [hf_flashprefill, *([before.package(args.before)] if args.before else [])]
     with torch.no_grad(), portable_kernels(packages) if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1
-        others = {"peers": peer_checksums(args.peer), "before": package_checksum(args.before)}
+        others = {"peers": peer_checksums(args.peer), "before": before.package_checksum(args.before)}
         result = recording.time_and_record(run, output, names, lambda i: [measure(*shapes[i], args)], "shape", others)
     if result:
         report(result, output, args.selectors)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from eval.operator_speed import stage_runs
 from eval.oracle import BlockMasses, block_masses, index_from_masses
 from eval.probe import AttentionInput
 from eval.selection_points import Point
+from eval.stages import stage_runs
 from hf_flashprefill import BlockIndex
 from hf_flashprefill.attention_mass import exact_shares, kept_shares
 from hf_flashprefill.crossover.measure import median_ms

@@ -39,8 +39,8 @@ else:
 
     @triton.jit
     def not_before(numbers):
-        """The same int32 numbers, with which nothing is computed before this: the compiler keeps what it can compute early in
-        registers that loops need. For the rows of results at head_dim 128 up to 32 bytes were spilled."""
+        """The same int32 numbers, of any shape, with which nothing is computed before this: what the compiler can compute early
+        it keeps in registers that loops need. For the rows of results at head_dim 128 up to 32 bytes were spilled."""
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.int32, is_pure=False, pack=1)
 
 

@@ -48,14 +48,15 @@ def _shares(
     BLOCK_LIST: tl.constexpr,
     IS_BLEND: tl.constexpr,
 ):
-    """log2 of the largest share that a list's queries give each of BLOCK_LIST blocks from ``first`` on and, with IS_BLEND, the
-    sum over those that vote, each of every few queries: float32 [tiles, queries at a time * blocks of a tile].
+    """What a list's queries give each of BLOCK_LIST blocks from ``first`` on: log2 of the largest share and, with IS_BLEND, the
+    sum of log2 of the shares that those which vote give. Float32 [tiles, TOGETHER * blocks of a tile] each: for every block
+    TOGETHER partial results, of every TOGETHER-th query.
 
     What is NaN counts as the largest, so that attention shows it.
     """
-    # Neighbouring threads read the logits of so many queries in one tile, 64 bytes in a row. A thread for each tile, 16 bytes
-    # here and there, kept the first-level cache busy for 90 % of the time, and the lists took 465 us instead of 343 at 128K
-    # tokens (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16).
+    # Queries whose logits for one tile, which lie side by side, neighbouring threads read: 64 bytes in a row where a tile has 4
+    # blocks. A thread for each tile read 16 bytes here and there, and the lists took 467 us instead of 343 at 128K tokens
+    # (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, benchmarks/results/lists-2026-11-29-h200.txt).
     TOGETHER: tl.constexpr = min(SLOTS, 4)
     # Loads that do not wait for one another.
     AT_ONCE: tl.constexpr = min(SLOTS // TOGETHER, 4)
@@ -183,8 +184,8 @@ def _list_shares_kernel(
             voting = tl.sum((tl.load(log_sums_ptr + tl.arange(0, SLOTS)) != float("inf")).to(tl.float32), 0)
         threshold = log2_alpha
         if IS_RELATIVE:
-            # The largest of all before they are sorted by blocks: in a layout of scores in which threads of one number do not
-            # stand side by side triton 3.6 reduces wrongly.
+            # Of the partial results, not of scores: those lie in threads between others that hold the same, and triton 3.6
+            # reduces such a layout wrongly.
             best = float("-inf")
             for first in range(0, own + 1, BLOCK_LIST):
                 found = _shares(peaks_ptr, log_sums_ptr, first, own, ROWS, SLOTS, TILE_BLOCKS, BLOCK_LIST, False)
@@ -265,10 +266,9 @@ def select_shares(
         at_once = tiles.resident * multiprocessors(query)
         first_tile = first_part * part.query_blocks
         last_tile = min(first_tile + count * part.query_blocks, query_blocks)
-        shortest, longest = (
-            triton.cdiv(geometry.visible_blocks_bound(first_query_block + number), tile_blocks)
-            for number in (min(first_tile + tiles.parts * part.query_blocks, last_tile) - 1, last_tile - 1)
-        )
+        end_of_first = min(first_tile + tiles.parts * part.query_blocks, last_tile)
+        shortest = triton.cdiv(geometry.visible_blocks_bound(first_query_block + end_of_first - 1), tile_blocks)
+        longest = triton.cdiv(geometry.visible_blocks_bound(first_query_block + last_tile - 1), tile_blocks)
         splits = probe_splits(programs, at_once, shortest, longest)
         probing.probe_parts(call, first_part, count, splits)
         with launch_context(query):

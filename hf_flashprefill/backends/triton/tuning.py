@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -141,11 +142,13 @@ MAX_SPLITS = 8
 
 
 # What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile. H200, Hopper kernel: a
-# further split of 128 programs costs as much as 2.5 tiles; with 4, ``probe_splits`` finds the fastest number of splits in all
-# of thirteen measured shapes, 4096 to 24576 tokens and chunks of 1024 to 12288 against up to 131072 keys.
+# further split of 128 programs costs as much as 2.5 tiles; with 4, ``probe_splits`` finds the fastest of the measured splits in
+# all of thirteen shapes, 4096 to 24576 tokens and chunks of 1024 to 12288 against up to 131072 keys
+# (benchmarks/results/lists-2026-11-29-h200.txt).
 _TILES_TO_BEGIN = 4
 
 
+@functools.lru_cache
 def probe_splits(programs: int, at_once: int, shortest: int, longest: int) -> int:
     """Among how many programs, up to MAX_SPLITS, the keys of each of ``programs`` of the probe are split, where ``at_once`` run
     at a time and see from ``shortest`` to ``longest`` tiles of pooled keys, the longest first.
