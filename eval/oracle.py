@@ -102,7 +102,7 @@ def index_from_masses(
 
 
 class _OracleBackend:
-    """A backend whose selection knows the true block masses. It is handed nothing but the pools, so these carry their keys."""
+    """A backend whose selection knows the true block masses. It is handed nothing but pools: the keys are among them."""
 
     def __init__(self, backend: ModuleType, oracle: str):
         self._backend, self._oracle = backend, oracle
@@ -110,23 +110,20 @@ class _OracleBackend:
     def __getattr__(self, name: str) -> object:
         return getattr(self._backend, name)
 
-    def pool_keys(self, key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
-        pooled = self._backend.pool_keys(key, geometry, pool_size)
-        pooled.pooled_keys = key
-        return pooled
+    def pool_keys(self, key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> tuple[torch.Tensor, ...]:
+        return *self._backend.pool_keys(key, geometry, pool_size), key
 
     def pool_keys_and_values(
         self, key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, pool_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
         pooled, *blocks = self._backend.pool_keys_and_values(key, value, geometry, pool_size)
-        pooled.pooled_keys = key
-        return pooled, *blocks
+        return (*pooled, key), *blocks
 
     def select_blocks(
         self, query, pooled, geometry, *, scale, first_query_block, query_blocks, alpha, sink_blocks, window_blocks,
         dense_tail_blocks, **probe,
     ) -> BlockIndex:  # fmt: skip
-        masses = block_masses(query, pooled.pooled_keys, geometry, scale, first_query_block, query_blocks).of(self._oracle)
+        masses = block_masses(query, pooled[-1], geometry, scale, first_query_block, query_blocks).of(self._oracle)
         forced = {"sink_blocks": sink_blocks, "window_blocks": window_blocks, "dense_tail_blocks": dense_tail_blocks}
         return index_from_masses(masses, geometry, first_query_block, alpha=alpha, **forced)
 

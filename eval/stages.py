@@ -35,12 +35,12 @@ def stage_runs(
     blocks = {"first_query_block": 0, "query_blocks": geometry.query_blocks}
     output = torch.empty_like(query)
 
-    def pool() -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    def pool() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor] | None]:
         return functional.pool_inputs(key, value, geometry, config, backend)
 
     pooled, means = pool()
 
-    def select(pooled: torch.Tensor = pooled) -> BlockIndex:
+    def select(pooled: tuple[torch.Tensor, ...] = pooled) -> BlockIndex:
         return selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **rule)
 
     def attend() -> torch.Tensor:

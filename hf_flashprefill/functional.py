@@ -18,8 +18,8 @@ from .kept_pools import KeptPools
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Scores (float32) and lists (int32) of the query blocks in work, in bytes. Query blocks beyond it wait for the next round:
-# 1M tokens and 32 heads would take 17 GiB at once. The pooled keys of such a prompt, 8 heads and 128 channels in bfloat16,
-# are half a GiB already, and all scratch together should stay below one.
+# 1M tokens and 32 heads would take 17 GiB at once. The pooled keys of such a prompt, 8 heads and 128 channels, are
+# a quarter of a GiB already, and all scratch together should stay below one.
 SCRATCH_BYTES = 1 << 28
 
 
@@ -126,7 +126,7 @@ def pool_inputs(
     config: FlashPrefillConfig,
     backend: ModuleType,
     kept_pools: KeptPools | None = None,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor] | None]:
     """The pooled keys that the selector probes and, with the correction, the means of keys and of values that stand for
     dropped blocks, ``run_means`` of the backend. ``backend`` is the one that attends, not the reference."""
     config, block_size = config.resolved(), config.block_size
@@ -134,20 +134,25 @@ def pool_inputs(
 
     def pool(key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry) -> tuple[torch.Tensor, ...]:
         if not config.correction:
-            return (selecting.pool_keys(key, geometry, pool_size),)
+            return selecting.pool_keys(key, geometry, pool_size)
         if selecting is backend:
-            return tuple(backend.pool_keys_and_values(key, value, geometry, pool_size))
-        _, *blocks = backend.pool_keys_and_values(key, value, geometry, block_size)
-        return selecting.pool_keys(key, geometry, pool_size), *blocks
+            pooled, *blocks = backend.pool_keys_and_values(key, value, geometry, pool_size)
+        else:
+            _, *blocks = backend.pool_keys_and_values(key, value, geometry, block_size)
+            pooled = selecting.pool_keys(key, geometry, pool_size)
+        return *pooled, *blocks
 
     if kept_pools is None:
-        pooled, *blocks = pool(key, value, geometry)
+        pools = pool(key, value, geometry)
     else:
         together = max(block_size, selecting.pooled_together(block_size, pool_size))
-        row_tokens = (pool_size, block_size, block_size) if config.correction else (pool_size,)
+        row_tokens = selecting.tokens_per_row(block_size, pool_size) + (block_size, block_size) * config.correction
         made_for = _pools_made_for(key, config, backend)
-        pooled, *blocks = kept_pools.extended(key, value, geometry, pool, made_for, together, row_tokens)
-    return pooled, backend.run_means(*blocks, config.mean_blocks) if blocks else None
+        pools = kept_pools.extended(key, value, geometry, pool, made_for, together, row_tokens)
+    if not config.correction:
+        return pools, None
+    *pooled, key_blocks, value_blocks = pools
+    return tuple(pooled), backend.run_means(key_blocks, value_blocks, config.mean_blocks)
 
 
 def select_in_rounds(
@@ -157,7 +162,7 @@ def select_in_rounds(
     config: FlashPrefillConfig,
     scale: float,
     sliding_window: int | None = None,
-    pooled: torch.Tensor | None = None,
+    pooled: tuple[torch.Tensor, ...] | None = None,
 ) -> Iterator[BlockIndex]:
     """The lists that ``flash_prefill_attention`` attends, a part of the query blocks at a time.
 

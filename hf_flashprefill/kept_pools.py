@@ -23,14 +23,14 @@ class KeptPools:
     A cache that was cropped keeps this promise if whatever was appended since went through calls with these pools; one that
     was reordered or filled anew does not.
 
-    Kept are pooled keys, 1 / ``pool_size`` as many numbers as the keys, and with the correction the means of whole blocks of
-    keys and of values, 1 / ``block_size`` as many each.
+    Kept are pooled keys, 1 / ``pool_size`` as many numbers as the keys, bytes on a GPU, and with the correction the means of
+    whole blocks of keys and of values, 1 / ``block_size`` as many each.
     """
 
     def __init__(self) -> None:
         self._tokens = 0
         self._made_for: dict[str, Any] = {}
-        # [B, Hkv, rows, D] each: pooled keys and, with the correction, means of blocks of keys and of values.
+        # [B, Hkv, rows, ...] each: pooled keys and, with the correction, means of blocks of keys and of values.
         self._pools: tuple[torch.Tensor, ...] = ()
 
     @property
@@ -64,7 +64,7 @@ class KeptPools:
             key: [B, Hkv, Skv, D].
             value: [B, Hkv, Skv, D].
             geometry: Of the call, without padding.
-            pool: Pools keys and values, into tensors [B, Hkv, rows, D].
+            pool: Pools keys and values, into tensors [B, Hkv, rows, ...].
             made_for: All that they depend on beside keys and values.
             together: Tokens of which multiples may be pooled apart.
             row_tokens: How many tokens make a row, for each of the tensors.

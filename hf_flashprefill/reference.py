@@ -15,7 +15,7 @@ import math
 import torch
 
 from .block_index import BlockIndex
-from .config import MEAN_WEIGHT
+from .config import CENTRE_LEVELS, KEY_LEVELS, MEAN_WEIGHT, NORMALISER_GROUP, QUERY_LEVELS, SMALLEST_STEP
 from .geometry import PrefillGeometry
 
 
@@ -28,6 +28,40 @@ def pooled_keys(keys: torch.Tensor, pool_size: int) -> torch.Tensor:
     means = [pool.to(wide).mean(dim=1) for pool in keys.split(pool_size, dim=1)]
     pooled = torch.stack(means, dim=1).to(keys.dtype)
     return pooled.masked_fill(~pooled.isfinite(), math.nan)
+
+
+def integer_queries(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [..., D] as ``steps`` [..., 1] times integers from -QUERY_LEVELS to QUERY_LEVELS [..., D]: (integers, steps).
+
+    A query that is not finite has a step of NaN.
+    """
+    steps = (queries.abs().amax(-1, keepdim=True) / QUERY_LEVELS).clamp(min=SMALLEST_STEP)
+    is_finite = steps.isfinite()
+    return (queries / steps).round().masked_fill(~is_finite, 0.0), steps.masked_fill(~is_finite, math.nan)
+
+
+def integer_keys(keys: torch.Tensor, pool_size: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means of every ``pool_size`` keys, and of blocks, as integers times their block's step: [Hkv, S, D] -> integers
+    [Hkv, P, D] and [Hkv, N, D], steps [Hkv, N, 1].
+
+    An integer is the sum of the block mean's, up to CENTRE_LEVELS in magnitude, and of the pooled key's difference from that,
+    of 8 bits. Channels that hardly change in a block, as those of biases and of slow rotations, thus cost the others no
+    precision; SageAttention (arXiv 2410.02367, section 4.2) takes the mean of all keys for the same reason. A partial pool or
+    block divides by its count. If a block's mean is not finite its step is NaN.
+    """
+    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    integers, centres, steps = [], [], []
+    for block in keys.to(wide).split(block_size, dim=1):
+        pools = torch.stack([pool.mean(1) for pool in block.split(pool_size, dim=1)], 1)
+        centre = block.mean(1, keepdim=True)
+        step = (pools - centre).abs().amax((1, 2), keepdim=True) / KEY_LEVELS
+        step = torch.maximum(step, centre.abs().amax((1, 2), keepdim=True) / CENTRE_LEVELS).clamp(min=SMALLEST_STEP)
+        is_finite = step.isfinite()
+        whole = (centre / step).round()
+        integers.append((whole + (pools / step - whole).round()).masked_fill(~is_finite, 0.0))
+        centres.append(whole.masked_fill(~is_finite, 0.0))
+        steps.append(step.masked_fill(~is_finite, math.nan))
+    return torch.cat(integers, 1), torch.cat(centres, 1), torch.cat(steps, 1)
 
 
 def run_means(means: torch.Tensor, mean_blocks: int) -> torch.Tensor:
@@ -98,84 +132,132 @@ def longest_queries(queries: torch.Tensor, positions: torch.Tensor, query_stride
     return torch.stack(chosen, 1)
 
 
-def probe_shares(
+def probe_logits(
     queries: torch.Tensor,
     positions: torch.Tensor,
-    pooled: torch.Tensor,
-    key_count: int,
+    keys: torch.Tensor,
     pool_size: int,
     query_stride: int,
+    block_size: int,
     scale: float,
     dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log2 of the share that each probing query gives each pooled key [Hq, R', P], and the queries' positions [Hq, R'].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Base-2 logits of probing queries and pooled keys [Hq, R', P], of these and blocks' means [Hq, R', N], and the queries'
+    positions [Hq, R'].
 
-    Every run of ``query_stride`` positions probes with its longest query, in each head. A query sees a pooled key when it
-    sees all of its tokens; its shares are a softmax over the pooled keys it sees. Pairs that are not seen are -inf.
+    Every run of ``query_stride`` positions probes with its longest query, in each head. Products are of integers, see
+    ``integer_queries`` and ``integer_keys``. A query sees a pooled key, or a block's mean, when it sees all of its tokens;
+    pairs that are not seen are -inf, and so are means of blocks that are not full.
 
     Args:
         queries: [Hq, R, D].
         positions: int64 [R], rising by one; query r stands at key ``positions[r]``.
-        pooled: [Hkv, P, D].
-        key_count: Keys S of the row.
+        keys: [Hkv, S, D].
         pool_size: Tokens per pooled key.
         query_stride: Positions per probing query.
+        block_size: Tokens per block.
         scale: Multiplies the dot product.
         dtype: The precision of the computation.
     """
-    group = queries.shape[0] // pooled.shape[0]
+    group = queries.shape[0] // keys.shape[0]
     probing = longest_queries(queries, positions, query_stride)
     queries, positions = torch.take_along_dim(queries, probing[..., None], 1), positions[probing]
-    logits = queries.to(dtype) @ pooled.to(dtype).repeat_interleave(group, 0).transpose(1, 2) * (scale * math.log2(math.e))
-    last_token = torch.arange(1, pooled.shape[1] + 1, device=queries.device) * pool_size - 1
-    logits = logits.masked_fill(positions[..., None] < last_token.clamp(max=key_count - 1), -math.inf)
-    # A query that sees no pooled key yet has no shares to give.
-    sums = (logits * math.log(2)).logsumexp(-1, keepdim=True) / math.log(2)
-    return (logits - sums.masked_fill(sums == -math.inf, 0.0)).masked_fill(sums == -math.inf, -math.inf), positions
+    query_integers, query_steps = integer_queries(queries.to(dtype))
+    parts = (part.to(dtype).repeat_interleave(group, 0) for part in integer_keys(keys, pool_size, block_size))
+    key_integers, centre_integers, key_steps = parts
+    factors = query_steps * key_steps.transpose(1, 2) * (scale * math.log2(math.e))
+    centre_logits = query_integers @ centre_integers.transpose(1, 2) * factors
+    last_token = torch.arange(1, centre_logits.shape[2] + 1, device=queries.device) * block_size - 1
+    centre_logits = centre_logits.masked_fill(positions[..., None] < last_token, -math.inf)
+    factors = factors.repeat_interleave(block_size // pool_size, 2)[..., : key_integers.shape[1]]
+    logits = query_integers @ key_integers.transpose(1, 2) * factors
+    last_token = torch.arange(1, logits.shape[2] + 1, device=queries.device) * pool_size - 1
+    logits = logits.masked_fill(positions[..., None] < last_token.clamp(max=keys.shape[1] - 1), -math.inf)
+    return logits, centre_logits, positions
+
+
+def _log_sum(logits: torch.Tensor) -> torch.Tensor:
+    """log2 of the sum of the powers of two of the last dimension, which is kept."""
+    return (logits * math.log(2)).logsumexp(-1, keepdim=True) / math.log(2)
+
+
+def probe_shares(logits: torch.Tensor, centre_logits: torch.Tensor, block_size: int, pool_size: int) -> torch.Tensor:
+    """log2 of the largest share that each probing query gives any pooled key of each block: [Hq, R', N].
+
+    Shares are nearly a softmax over the pooled keys: of every NORMALISER_GROUP neighbours the normaliser has the largest, and
+    for the others of a full block that is seen whole what they would add were they its mean. A query that sees no pooled key
+    yet has no shares to give. Arguments are those of ``probe_logits``.
+    """
+    per_block = block_size // pool_size
+    group = min(NORMALISER_GROUP, per_block)
+    peaks = torch.stack([part.amax(-1) for part in logits.split(per_block, dim=-1)], dim=-1)
+    largest = torch.stack([part.amax(-1) for part in logits.split(group, dim=-1)], dim=-1)
+    others = centre_logits + math.log2(max(per_block - per_block // group, 1e-30))
+    sums = _log_sum(torch.cat([largest, others], -1))
+    return (peaks - sums.masked_fill(sums == -math.inf, 0.0)).masked_fill(sums == -math.inf, -math.inf)
 
 
 def block_shares(
-    shares: torch.Tensor, positions: torch.Tensor, first_block: int, block_size: int, pool_size: int
+    logits: torch.Tensor,
+    centre_logits: torch.Tensor,
+    positions: torch.Tensor,
+    first_block: int,
+    block_size: int,
+    pool_size: int,
 ) -> torch.Tensor:
     """log2 of the largest share that a probing query of query block I gives a pooled key of block J: [Hq, M, N].
 
-    ``shares`` [Hq, R', P] and ``positions`` [Hq, R'] are those of ``probe_shares``; M counts from ``first_block``.
+    ``logits`` [Hq, R', P], ``centre_logits`` [Hq, R', N] and ``positions`` [Hq, R'] are those of ``probe_logits``; M counts
+    from ``first_block``.
     """
-    per_block = torch.stack([part.amax(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
+    shares = probe_shares(logits, centre_logits, block_size, pool_size)
     # Runs do not cross blocks, so the heads agree.
     blocks = positions[0] // block_size - first_block
-    return torch.stack([per_block[:, blocks == block].amax(1) for block in range(int(blocks[-1]) + 1)], dim=1)
+    return torch.stack([shares[:, blocks == block].amax(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 
 def block_masses(
-    shares: torch.Tensor, positions: torch.Tensor, first_block: int, block_size: int, pool_size: int
+    logits: torch.Tensor,
+    centre_logits: torch.Tensor,
+    positions: torch.Tensor,
+    first_block: int,
+    block_size: int,
+    pool_size: int,
 ) -> torch.Tensor:
-    """Sum over block J's pooled keys of the shares that the probing queries of block I give, over those queries: [Hq, M, N]."""
-    per_block = torch.stack([part.exp2().sum(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
+    """Sum over block J's pooled keys of the shares that the probing queries of block I give them, in a softmax over pooled
+    keys, over those queries: [Hq, M, N]. Arguments as of ``block_shares``."""
+    sums = _log_sum(logits)
+    shares = (logits - sums.masked_fill(sums == -math.inf, 0.0)).exp2()
+    per_block = torch.stack([part.sum(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
     blocks = positions[0] // block_size - first_block
     return torch.stack([per_block[:, blocks == block].sum(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 
 def block_blends(
-    shares: torch.Tensor, positions: torch.Tensor, first_block: int, block_size: int, pool_size: int
+    logits: torch.Tensor,
+    centre_logits: torch.Tensor,
+    positions: torch.Tensor,
+    first_block: int,
+    block_size: int,
+    pool_size: int,
 ) -> torch.Tensor:
     """log2 of the larger of two numbers, [Hq, M, N]: ``block_shares``' score, and MEAN_WEIGHT times the geometric mean of the
     largest share that each probing query gives a pooled key of the block, over the queries that see a pooled key at all.
 
     Arguments as of ``block_shares``.
     """
-    per_block = torch.stack([part.amax(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
-    sees = ~per_block.isneginf().all(-1, keepdim=True)
+    shares = probe_shares(logits, centre_logits, block_size, pool_size)
+    sees = ~shares.isneginf().all(-1, keepdim=True)
     blocks = positions[0] // block_size - first_block
     scores = []
     for block in range(int(blocks[-1]) + 1):
-        of_block, voting = per_block[:, blocks == block], sees[:, blocks == block]
+        of_block, voting = shares[:, blocks == block], sees[:, blocks == block]
         mean = of_block.masked_fill(~voting, 0.0).sum(1) / voting.sum(1).clamp(min=1) + math.log2(MEAN_WEIGHT)
         scores.append(torch.maximum(of_block.amax(1), mean.masked_fill(~voting.any(1), -math.inf)))
     return torch.stack(scores, dim=1)
 
 
-# What each selector with a finer probe makes of its shares.
+# What each selector with a finer probe makes of its logits.
 PROBE_SCORES = {"share": block_shares, "blend": block_blends, "peak": block_shares, "topk": block_shares, "topp": block_masses}
 
 
@@ -317,12 +399,12 @@ def select_blocks(
             continue
         queries, positions = _row_queries(query[row], span, geometry)
         keys = key[row, :, span.start : span.start + span.key_end]
-        pooled = pooled_keys(keys, pool_size)
         first_block = span.query_begin // block_size
         if selector == "flashprefill":
-            scores = block_energies(queries, positions, pooled, span.key_end, block_size, scale, dtype)
+            means = pooled_keys(keys, pool_size)
+            scores = block_energies(queries, positions, means, span.key_end, block_size, scale, dtype)
         else:
-            probed = probe_shares(queries, positions, pooled, span.key_end, pool_size, query_stride, scale, dtype)
+            probed = probe_logits(queries, positions, keys, pool_size, query_stride, block_size, scale, dtype)
             scores = PROBE_SCORES[selector](*probed, first_block, block_size, pool_size)
         row_kept = kept_blocks(
             scores,

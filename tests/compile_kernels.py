@@ -109,8 +109,8 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         ),
     )  # fmt: skip
 
-    tiles = tuning.probe_tiles(generation, head_dim, dtype)
-    described = TensorDescriptor.from_tensor(key.view(-1, head_dim), [TILE, head_dim]) if tiles.copy_engine else None
+    tiles, pooled = tuning.probe_tiles(generation, head_dim), key.to(torch.int8)
+    described = TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim]) if tiles.copy_engine else None
     probed = (None, scores, scores, 0.1, *lengths, 4, 0, 2, 4, 256, 4)
     probing = {
         "GROUP": group,
@@ -119,14 +119,16 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         "BLOCK": BLOCK,
         "POOL": 4,
         "STRIDE": 8,
+        "CENTRE_TILES": pool.centre_tiles(4),
         "HAS_RANGES": False,
     }
     yield (
         "probe",
         probe._probe_kernel.warmup(
-            query, counts, key, described, *probed, *strides, **probing, QUERY_BLOCKS=tiles.rows // (16 * group),
-            ROWS=tiles.rows, BLOCK_D=head_dim, TILE=TILE, HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages, enable_fp_fusion=True, grid=(1,),
+            query, counts, pooled, described, pooled, scores, *probed, *strides, **probing,
+            QUERY_BLOCKS=tiles.rows // (16 * group), ROWS=tiles.rows, BLOCK_D=head_dim, TILE=TILE,
+            HAS_DESCRIPTORS=described is not None, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            enable_fp_fusion=True, grid=(1,),
         ),
     )  # fmt: skip
     for name, tile_blocks in (("list shares", 4), ("list blends", 4), ("list peaks", 8)):
@@ -167,7 +169,8 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         yield (
             name,
             pool._pool_kernel.warmup(
-                key, key if has_all else None, None, key if has_all else None, key, key if has_all else None, TOKENS, TOKENS,
+                key, key if has_all else None, None, *((pooled, pooled, scores) if has_all else (None,) * 3), key,
+                key if has_all else None, TOKENS, 4,
                 *key.stride()[:3], *key.stride()[:3], HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK, POOL=run, TILE=TILE,
                 HAS_RANGES=False, HAS_POOLS=has_all, HAS_BLOCKS=True, HAS_VALUES=has_all,
                 num_warps=tuning.pool_warps(BLOCK // run, head_dim), enable_fp_fusion=True, grid=(1,),
@@ -199,13 +202,14 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     )  # fmt: skip
 
     if capability == 90:
-        tiles, layout = probe_hopper.tiles_for(query), gl.NVMMASharedLayout.get_default_for([TILE, head_dim], gl.bfloat16)
+        tiles = probe_hopper.tiles_for(query)
+        described = [probe_hopper._describe(pooled, rows) for rows in (TILE, 8 * pool.centre_tiles(4))]
         yield (
             "probe_hopper",
             probe_hopper._probe_hopper_kernel.warmup(
-                query, counts, probe_hopper.TensorDescriptor.from_tensor(key.view(-1, head_dim), [TILE, head_dim], layout),
-                *probed, *strides, **probing, QUERY_BLOCKS=tiles.rows // (16 * group), STAGES=tiles.num_stages,
-                num_warps=tiles.num_warps, enable_fp_fusion=True, grid=(1,),
+                query, counts, *described, scores, *probed, *strides, **probing,
+                QUERY_BLOCKS=tiles.rows // (16 * group), STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+                enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 

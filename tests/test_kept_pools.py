@@ -13,7 +13,7 @@ from tests.inputs import Case
 CASE = Case(1, 2, 1, 800, 800, 64, strided=True)
 # A first chunk of less than a block, then whole and broken blocks.
 CHUNKS = (100, 28, 512, 1, 159)
-CONFIG = FlashPrefillConfig(alpha=0.15, sink_blocks=1, window_blocks=1, dense_tail_blocks=0, pool_size=4)
+CONFIG = FlashPrefillConfig(alpha=0.3, sink_blocks=1, window_blocks=1, dense_tail_blocks=0, pool_size=4)
 
 
 def counted_tokens(monkeypatch, backend) -> list[int]:

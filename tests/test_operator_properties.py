@@ -12,7 +12,7 @@ from hf_flashprefill import BlockIndex, FlashPrefillConfig, flash_prefill_attent
 from hf_flashprefill.functional import selection_rule
 from tests.inputs import exact_dense
 from tests.strategies import Call, random_calls
-from tests.tolerance import attention_rounding, logit_rounding, nearly_longest
+from tests.tolerance import attention_rounding, integer_rounding, logit_rounding, nearly_longest
 
 BACKENDS = ("torch", "triton")
 
@@ -72,18 +72,19 @@ def valid_rows(index: BlockIndex, query, key, value):
 def row_scores(variant, rule, scale, positions, queries, keys):
     """Scores of one row in float64, [Hq, M, N], and how far each query block's may err, [Hq, M, 1]."""
     pool, key_count = rule["pool_size"], keys.shape[1]
-    pooled = reference.pooled_keys(keys, pool)
-    fixed = (queries, positions, pooled, key_count)
     if variant.selector == "flashprefill":
-        scores = reference.block_energies(*fixed, variant.block_size, scale, torch.float64)
+        means = reference.pooled_keys(keys, pool)
+        scores = reference.block_energies(queries, positions, means, key_count, variant.block_size, scale, torch.float64)
+        magnitudes = reference.pooled_keys(keys.abs(), pool).repeat_interleave(variant.group, 0)
+        rounding = logit_rounding(queries, magnitudes, scale, pool, variant.dtype).amax(-1)
     else:
-        shares = reference.probe_shares(*fixed, pool, rule["query_stride"], scale, torch.float64)
+        stride, block_size = rule["query_stride"], variant.block_size
+        probed = reference.probe_logits(queries, positions, keys, pool, stride, block_size, scale, torch.float64)
         score = reference.PROBE_SCORES[variant.selector]
-        scores = score(*shares, int(positions[0]) // variant.block_size, variant.block_size, pool)
-    magnitudes = reference.pooled_keys(keys.abs(), pool).repeat_interleave(variant.group, 0)
-    rounding = logit_rounding(queries, magnitudes, scale, pool, variant.dtype).amax(-1)
-    if variant.selector != "flashprefill" and rule["query_stride"] > 1:
-        rounding = rounding.masked_fill(nearly_longest(queries, positions // rule["query_stride"]), math.inf)
+        scores = score(*probed, int(positions[0]) // block_size, block_size, pool)
+        rounding = integer_rounding(queries, keys, scale, pool, block_size)
+        if stride > 1:
+            rounding = rounding.masked_fill(nearly_longest(queries, positions // stride), math.inf)
     blocks = positions // variant.block_size - positions[0] // variant.block_size
     per_block = torch.stack([rounding[:, blocks == block].amax(1) for block in range(scores.shape[1])], 1)
     return scores, 4 * per_block[..., None] + 5e-5

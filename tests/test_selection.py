@@ -162,10 +162,21 @@ def float64_scores(
 ) -> dict[str, np.ndarray]:
     """Scores of the finer probes by selector, [M, N] each for one head, in float64 loops over queries and pools."""
     query, key = query.astype(np.float64), key.astype(np.float64)
-    pools = [key[i : i + pool].mean(0) for i in range(0, len(key), pool)]
+    integers, centres, steps = [], [], []
+    for first in range(0, len(key), block_size):
+        block = key[first : first + block_size]
+        pools = np.array([block[i : i + pool].mean(0) for i in range(0, len(block), pool)])
+        step = max(np.abs(pools - block.mean(0)).max() / 126, np.abs(block.mean(0)).max() / 32000)
+        centre = np.round(block.mean(0) / step)
+        difference = np.round(pools / step - centre)
+        assert np.abs(difference).max() < 128
+        integers += list(centre + difference)
+        centres.append(centre)
+        steps.append(step)
     last_token = [min(i + pool, len(key)) - 1 for i in range(0, len(key), pool)]
     tiles = (offset + len(query) - 1) // block_size - offset // block_size + 1
-    shares, total = (np.zeros((tiles, -(-len(key) // block_size))) for _ in range(2))
+    blocks = -(-len(key) // block_size)
+    shares, total = np.zeros((tiles, blocks)), np.zeros((tiles, blocks))
     asked = np.zeros((tiles, 1))
     # A bfloat16's precision, rounded to the nearest.
     lengths = (np.square(query).sum(1).astype(np.float32).view(np.int32) + 0x8000) >> 16
@@ -177,11 +188,18 @@ def float64_scores(
         seen = [i for i, last in enumerate(last_token) if last <= position]
         if not seen:
             continue
-        logits = np.array([query[row] @ pools[i] for i in seen]) * query.shape[1] ** -0.5
-        weights = np.exp(logits - logits.max())
-        tile, given = position // block_size - offset // block_size, np.zeros(shares.shape[1])
-        for i, share in zip(seen, weights / weights.sum(), strict=True):
-            given[i * pool // block_size] = max(given[i * pool // block_size], share)
+        step = np.abs(query[row]).max() / 127
+        probing = np.round(query[row] / step)
+        peaks, groups = np.full(blocks, -np.inf), np.full((blocks, block_size // pool // 4), -np.inf)
+        for i in seen:
+            block, group = i * pool // block_size, i * pool % block_size // pool // 4
+            logit = step * steps[block] * (probing @ integers[i]) * query.shape[1] ** -0.5
+            peaks[block], groups[block, group] = max(peaks[block], logit), max(groups[block, group], logit)
+        normaliser = np.exp(groups - peaks.max()).sum()
+        for block in range(min(position + 1, len(key)) // block_size):
+            logit = step * steps[block] * (probing @ centres[block]) * query.shape[1] ** -0.5
+            normaliser += 3 * groups.shape[1] * np.exp(logit - peaks.max())
+        tile, given = position // block_size - offset // block_size, np.exp(peaks - peaks.max()) / normaliser
         shares[tile] = np.maximum(shares[tile], given)
         with np.errstate(divide="ignore"):
             total[tile] += np.log(given)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from hf_flashprefill import reference
+
 
 def assert_no_worse_than_eager(actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
     """``actual`` errs no more against the float64 ``exact`` than eager attention in its own precision does.
@@ -32,6 +34,22 @@ def logit_rounding(
     products = queries.double().abs() @ magnitudes.double().transpose(-1, -2) * (scale * math.log2(math.e))
     factor = (queries.shape[-1] + terms + 8) * torch.finfo(torch.float32).eps
     return products * (factor + (0 if dtype == torch.float32 else torch.finfo(dtype).eps))
+
+
+def integer_rounding(queries: torch.Tensor, keys: torch.Tensor, scale: float, pool_size: int, block_size: int) -> torch.Tensor:
+    """How far base-2 logits of [Hq, R, D] queries and pooled [Hkv, S, D] keys may err: [Hq, R].
+
+    Their integers are multiplied exactly, but in one channel of a query and one of a pooled key the integer may be the next
+    one, because rounding decides; and the factors err.
+    """
+    group = queries.shape[0] // keys.shape[0]
+    _, query_steps = reference.integer_queries(queries.double())
+    integers, _, steps = (part.repeat_interleave(group, 0) for part in reference.integer_keys(keys, pool_size, block_size))
+    largest_step = steps.double().amax((1, 2))
+    largest_key = integers.abs().amax((1, 2)) * largest_step
+    off_by_one = query_steps[..., 0] * largest_key[:, None] + queries.double().abs().amax(-1) * largest_step[:, None]
+    products = queries.double().abs().sum(-1) * largest_key[:, None]
+    return (off_by_one + products * 4 * torch.finfo(torch.float32).eps) * (scale * math.log2(math.e))
 
 
 def nearly_longest(queries: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:

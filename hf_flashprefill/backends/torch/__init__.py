@@ -2,6 +2,15 @@
 
 from .attend import attend_blocks, new_output
 from .means import run_means
-from .select import pool_keys, pool_keys_and_values, pooled_together, select_blocks
+from .select import pool_keys, pool_keys_and_values, pooled_together, select_blocks, tokens_per_row
 
-__all__ = ["attend_blocks", "new_output", "pool_keys", "pool_keys_and_values", "pooled_together", "run_means", "select_blocks"]
+__all__ = [
+    "attend_blocks",
+    "new_output",
+    "pool_keys",
+    "pool_keys_and_values",
+    "pooled_together",
+    "run_means",
+    "select_blocks",
+    "tokens_per_row",
+]

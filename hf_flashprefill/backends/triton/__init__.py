@@ -16,7 +16,7 @@ from . import attend
 from .energy_lists import select_energies
 from .means import RunMeans, run_means
 from .output import new_output
-from .pool import _pool_kernel, pool_keys, pool_keys_and_values, pooled_together
+from .pool import PooledKeys, _pool_kernel, pool_keys, pool_keys_and_values, pooled_together, tokens_per_row
 from .primitives import is_hopper
 from .shares import select_shares
 
@@ -35,6 +35,7 @@ __all__ = [
     "pooled_together",
     "run_means",
     "select_blocks",
+    "tokens_per_row",
 ]
 
 MAX_HEAD_DIM = 256
@@ -58,7 +59,7 @@ def obstacle(query: torch.Tensor) -> str | None:
 
 def select_blocks(
     query: torch.Tensor,
-    pooled: torch.Tensor,
+    pooled: tuple[torch.Tensor, ...],
     geometry: PrefillGeometry,
     *,
     selector: str,
@@ -68,9 +69,9 @@ def select_blocks(
 ) -> BlockIndex:
     """Lists of kept blocks by the selector's name; ``pooled`` comes from ``pool_keys`` with the same ``pool_size``."""
     if selector == "flashprefill":
-        return select_energies(query, pooled, geometry, **rule)
+        return select_energies(query, *pooled, geometry, **rule)
     probe = {"pool_size": pool_size, "query_stride": query_stride}
-    return select_shares(query, pooled, geometry, selector=selector, **probe, **rule)
+    return select_shares(query, PooledKeys(*pooled), geometry, selector=selector, **probe, **rule)
 
 
 def attend_blocks(

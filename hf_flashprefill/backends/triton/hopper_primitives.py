@@ -10,21 +10,38 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...config import QUERY_LEVELS, SMALLEST_STEP
+from .primitives import ROUNDING
+
+_ROUNDING, _QUERY_LEVELS, _SMALLEST_STEP = (gl.constexpr(number) for number in (ROUNDING.value, QUERY_LEVELS, SMALLEST_STEP))
+
 # Triton renamed the copy; 3.6 knows the one name only, 3.9 the other.
 copy_to_shared = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @functools.cache
 def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How the copy engine lays out such a block of 16-bit numbers. Kept, because asking anew for every launch takes the host
-    longer than the launch."""
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+    """How the copy engine lays out such a block. Kept, because asking anew for every launch takes the host longer than the
+    launch."""
+    names = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8}
+    return gl.NVMMASharedLayout.get_default_for(list(block), names[dtype])
 
 
 def describe_rows(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     """For copies of ``rows`` tokens of a tensor [B, H, S, D]."""
     block = (1, 1, rows, tensor.shape[-1])
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), shared_layout(block, tensor.dtype))
+
+
+@gluon.jit
+def integer_queries(queries):
+    """``primitives.integer_queries``."""
+    queries = queries.to(gl.float32)
+    sizes = gl.abs(queries)
+    sizes = gl.where(sizes < float("inf"), sizes, float("inf"))
+    steps = gl.maximum(gl.max(sizes, 1) / _QUERY_LEVELS, _SMALLEST_STEP)
+    integers = (queries * (1.0 / steps)[:, None] + _ROUNDING).to(gl.int32, bitcast=True)
+    return integers.to(gl.int8), gl.where(steps < float("inf"), steps, float("nan"))
 
 
 @gluon.jit

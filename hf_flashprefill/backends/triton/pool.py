@@ -4,6 +4,11 @@ those of blocks of values, where they are wanted, in the same launch.
 The probe of ``shares.py`` takes the largest of a block's logits, and it is cheapest where one thread holds them all. The
 accumulator of a 128-column product gives thread t of four the columns 8j + 2t and 8j + 2t + 1, so pooled keys are laid
 out in tiles of 128 such that these columns belong to as few blocks as possible; then no shuffle is needed.
+
+The probe multiplies 8-bit integers, at twice the rate of 16-bit numbers, and finds their maxima three at a time
+(reference.integer_keys). A pooled key is the mean of its block, an integer of two bytes, and its difference from that, one
+of one byte. The means' two bytes are rows of their own, block by block: in their product a thread then has those of the blocks
+that it has of a tile.
 """
 
 from __future__ import annotations
@@ -14,22 +19,43 @@ import torch
 import triton
 import triton.language as tl
 
+from ...config import CENTRE_LEVELS, KEY_LEVELS, SMALLEST_STEP
 from ...geometry import PrefillGeometry
-from .primitives import launch_context, row_span
+from .primitives import ROUNDING, launch_context, magnitudes, row_span
 from .tuning import pool_warps
 
 # Pooled keys per tile: the columns of one product of the probe.
 TILE = 128
+# Rows of block means at least that are multiplied together: a product of fewer columns takes as long, or is none.
+CENTRE_ROWS = 32
 # Tokens that a thread adds up one after the other where only whole blocks are asked for.
 RUN = 4
 # Tokens whose loads do not wait for one another.
 AT_ONCE = tl.constexpr(4)
 
 
-class Pools(NamedTuple):
-    """Pooled keys of ``pool_keys`` and the means of whole blocks of keys and of values [B, Hkv, N, D]."""
+_KEY_LEVELS, _CENTRE_LEVELS, _SMALLEST_STEP = tl.constexpr(KEY_LEVELS), tl.constexpr(CENTRE_LEVELS), tl.constexpr(SMALLEST_STEP)
 
-    keys: torch.Tensor
+
+class PooledKeys(NamedTuple):
+    """Pooled keys as integers, what the finer probes multiply. What belongs to no block is not written.
+
+    Attributes:
+        tiles: int8 [B, Hkv, P, D], differences of pooled keys from their block's mean; P fills whole tiles, in the order of
+            ``tile_column``.
+        centres: int8 [B, Hkv, C, D], the means of blocks, two rows each, the higher byte and the lower one.
+        steps: float32 [B, Hkv, C / 2], by which a block's integers are multiplied; NaN if a key is not finite.
+    """
+
+    tiles: torch.Tensor
+    centres: torch.Tensor
+    steps: torch.Tensor
+
+
+class Pools(NamedTuple):
+    """What ``pool_keys`` gives and the means of whole blocks of keys and of values [B, Hkv, N, D]."""
+
+    keys: tuple[torch.Tensor, ...]
     key_blocks: torch.Tensor
     value_blocks: torch.Tensor
 
@@ -46,16 +72,18 @@ def _finite_or_nan(means):
     return tl.where(tl.abs(means) < float("inf"), means, float("nan"))
 
 
-@triton.jit(do_not_specialize=["kv_len", "rows"])
+@triton.jit(do_not_specialize=["kv_len", "tiles"])
 def _pool_kernel(
     key_ptr,
     value_ptr,
     ranges_ptr,
-    pooled_ptr,
+    tiles_ptr,
+    centres_ptr,
+    steps_ptr,
     key_blocks_ptr,
     value_blocks_ptr,
     kv_len,
-    rows,
+    tiles,
     stride_kb: tl.int64,
     stride_kh: tl.int64,
     stride_ks: tl.int64,
@@ -104,18 +132,30 @@ def _pool_kernel(
                 other=0.0,
             ).to(tl.float32)
     head_row = (batch * tl.num_programs(1) + head).to(tl.int64)
+    mean = tl.sum(total, 0) / tl.minimum(tl.maximum(key_end - block * BLOCK, 1), BLOCK)
     if HAS_POOLS:
-        count = tl.minimum(tl.maximum(key_end - first_position, 1), POOL)
-        BLOCKS_PER_TILE: tl.constexpr = TILE // PER_BLOCK
-        row = block // BLOCKS_PER_TILE * TILE + tile_column(block % BLOCKS_PER_TILE, within, PER_BLOCK)
+        TILE_BLOCKS: tl.constexpr = TILE // PER_BLOCK
         if is_value == 0:
-            tl.store(
-                pooled_ptr + (head_row * rows + row)[:, None] * HEAD_DIM + channels[None, :],
-                _finite_or_nan(total / count[:, None]).to(pooled_ptr.dtype.element_ty),
-                mask=in_head[None, :],
-            )
+            count = tl.minimum(tl.maximum(key_end - first_position, 1), POOL)
+            pools = total / count[:, None]
+            # What begins after the row's end is no pooled key, and must not make the step larger.
+            difference = tl.where((first_position < key_end)[:, None], magnitudes(pools - mean[None, :]), 0.0)
+            step = tl.maximum(tl.max(tl.max(difference, 1), 0) / _KEY_LEVELS, tl.max(magnitudes(mean), 0) / _CENTRE_LEVELS)
+            step = tl.maximum(step, _SMALLEST_STEP)
+            factor = 1.0 / step
+            whole = mean * factor + ROUNDING
+            integers = (pools * factor - (whole - ROUNDING)[None, :] + ROUNDING).to(tl.int32, bitcast=True)
+            tile, slot = block // TILE_BLOCKS, block % TILE_BLOCKS
+            row = (head_row * tiles + tile) * TILE + tile_column(slot, within, PER_BLOCK)
+            tl.store(tiles_ptr + row[:, None] * HEAD_DIM + channels[None, :], integers.to(tl.int8), mask=in_head[None, :])
+            # Of ROUNDING the last two bytes are zeros.
+            whole = whole.to(tl.int32, bitcast=True)
+            block_slot = head_row * tiles * TILE_BLOCKS + block
+            centre_ptrs = centres_ptr + 2 * block_slot * HEAD_DIM + channels
+            tl.store(centre_ptrs, ((whole + 128) >> 8).to(tl.int8), mask=in_head)
+            tl.store(centre_ptrs + HEAD_DIM, whole.to(tl.int8), mask=in_head)
+            tl.store(steps_ptr + block_slot, tl.where(step < float("inf"), step, float("nan")))
     if HAS_BLOCKS:
-        mean = tl.sum(total, 0) / tl.minimum(tl.maximum(key_end - block * BLOCK, 1), BLOCK)
         block_row = head_row * tl.num_programs(0) + block
         tl.store(
             blocks_ptr + block_row * HEAD_DIM + channels,
@@ -124,39 +164,55 @@ def _pool_kernel(
         )
 
 
+def centre_tiles(tile_blocks: int) -> int:
+    """Tiles, of so many blocks, whose blocks' means are multiplied together."""
+    return max(1, CENTRE_ROWS // (2 * tile_blocks))
+
+
 def pooled_together(block_size: int, pool_size: int) -> int:
     """Tokens of which multiples may be pooled apart: those of a tile, or of a block where pooled keys are whole blocks."""
     return block_size if pool_size == block_size else TILE * pool_size
 
 
-def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> torch.Tensor:
-    """Means of ``pool_size`` keys each: [B, Hkv, Skv, D] -> [B, Hkv, P, D] in the keys' dtype, summed in float32.
+def tokens_per_row(block_size: int, pool_size: int) -> tuple[int, ...]:
+    """Tokens that a row of each tensor of ``pool_keys`` is made of."""
+    return (block_size,) if pool_size == block_size else (pool_size, block_size // 2, block_size)
 
-    With ``pool_size`` of a whole block P is N, in order. Otherwise P fills whole tiles, in the order of ``tile_column``; what
-    belongs to no block is not written.
+
+def pool_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> tuple[torch.Tensor, ...]:
+    """What ``select_blocks`` needs of the keys [B, Hkv, Skv, D]: the means of ``pool_size`` keys each, summed in float32.
+
+    With ``pool_size`` of a whole block they are [B, Hkv, N, D] in the keys' dtype, otherwise PooledKeys.
     """
-    pooled, blocks = _pools_and_blocks(key, geometry, pool_size, with_blocks=False)
+    pooled = None if pool_size == geometry.block_size else _new_pooled_keys(key, geometry, pool_size)
+    blocks = _new_blocks(key, geometry) if pooled is None else None
     _pool(key, None, geometry, pool_size, pooled, blocks, None)
-    return blocks if pooled is None else pooled
+    return (blocks,) if pooled is None else pooled
 
 
 def pool_keys_and_values(key: torch.Tensor, value: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> Pools:
     """``pool_keys`` with ``pool_size``, and the means of whole blocks of keys and of values; both are read once."""
-    pooled, key_blocks = _pools_and_blocks(key, geometry, pool_size, with_blocks=True)
-    value_blocks = torch.empty_like(key_blocks)
+    pooled = None if pool_size == geometry.block_size else _new_pooled_keys(key, geometry, pool_size)
+    key_blocks, value_blocks = _new_blocks(key, geometry), _new_blocks(key, geometry)
     _pool(key, value, geometry, pool_size, pooled, key_blocks, value_blocks)
-    return Pools(key_blocks if pooled is None else pooled, key_blocks, value_blocks)
+    return Pools((key_blocks,) if pooled is None else pooled, key_blocks, value_blocks)
 
 
-def _pools_and_blocks(
-    key: torch.Tensor, geometry: PrefillGeometry, pool_size: int, with_blocks: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Room for pooled keys, unless they are whole blocks, and for the means of blocks."""
-    per_block, (batch, heads, _, head_dim) = geometry.block_size // pool_size, key.shape
-    rows = -(-geometry.key_blocks * per_block // TILE) * TILE
-    pooled = key.new_empty(batch, heads, rows, head_dim) if per_block > 1 else None
-    blocks = key.new_empty(batch, heads, geometry.key_blocks, head_dim) if with_blocks or pooled is None else None
-    return pooled, blocks
+def _new_pooled_keys(key: torch.Tensor, geometry: PrefillGeometry, pool_size: int) -> PooledKeys:
+    """Room for pooled keys."""
+    batch, heads, _, head_dim = key.shape
+    tile_blocks = TILE * pool_size // geometry.block_size
+    tiles = -(-geometry.key_blocks // tile_blocks)
+    return PooledKeys(
+        key.new_empty(batch, heads, tiles * TILE, head_dim, dtype=torch.int8),
+        key.new_empty(batch, heads, tiles * tile_blocks * 2, head_dim, dtype=torch.int8),
+        key.new_empty(batch, heads, tiles * tile_blocks, dtype=torch.float32),
+    )
+
+
+def _new_blocks(key: torch.Tensor, geometry: PrefillGeometry) -> torch.Tensor:
+    """Room for the means of whole blocks [B, Hkv, N, D]."""
+    return key.new_empty(*key.shape[:2], geometry.key_blocks, key.shape[3])
 
 
 def _pool(
@@ -164,7 +220,7 @@ def _pool(
     value: torch.Tensor | None,
     geometry: PrefillGeometry,
     pool_size: int,
-    pooled: torch.Tensor | None,
+    pooled: PooledKeys | None,
     key_blocks: torch.Tensor | None,
     value_blocks: torch.Tensor | None,
 ) -> None:
@@ -178,11 +234,11 @@ def _pool(
             key,
             value,
             geometry.valid_ranges,
-            pooled,
+            *(pooled or (None, None, None)),
             key_blocks,
             value_blocks,
             kv_len,
-            0 if pooled is None else pooled.shape[2],
+            0 if pooled is None else pooled.tiles.shape[2] // TILE,
             *key.stride()[:3],
             *(key if value is None else value).stride()[:3],
             HEAD_DIM=head_dim,

@@ -6,9 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from ...config import QUERY_LEVELS, SMALLEST_STEP
+
 # Attention whose sums of weights are below this has met no overflow in them, and may be divided by them: from 2^126 on the
 # division says 0.
 LARGEST_TOTAL = tl.constexpr(2.0**120)
+
+# Added to a float32 below 2^22 in magnitude it leaves the nearest integer in the last bits, and taken away again that integer:
+# instructions that round or convert are a quarter as fast as sums.
+ROUNDING = tl.constexpr(1.5 * 2.0**23)
+_QUERY_LEVELS, _SMALLEST_STEP = tl.constexpr(QUERY_LEVELS), tl.constexpr(SMALLEST_STEP)
 
 
 @triton.jit
@@ -26,6 +33,22 @@ def row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES: tl.
         query_end = query_offset + query_len
         key_end = kv_len
     return start, query_begin, query_end, key_end
+
+
+@triton.jit
+def magnitudes(numbers):
+    """Absolute values, and infinity for NaN, which a maximum would pass over."""
+    size = tl.abs(numbers)
+    return tl.where(size < float("inf"), size, float("inf"))
+
+
+@triton.jit
+def integer_queries(queries):
+    """reference.integer_queries of [rows, channels]: int8 [rows, channels] and steps, float32 [rows]."""
+    queries = queries.to(tl.float32)
+    steps = tl.maximum(tl.max(magnitudes(queries), 1) / _QUERY_LEVELS, _SMALLEST_STEP)
+    integers = (queries * (1.0 / steps)[:, None] + ROUNDING).to(tl.int32, bitcast=True)
+    return integers.to(tl.int8), tl.where(steps < float("inf"), steps, float("nan"))
 
 
 if triton.knobs.runtime.interpret:

@@ -1,7 +1,9 @@
 """The finer probe: sampled queries times pooled keys, of which each query's largest logit per block and normaliser remain.
 
-A part of the queries, a few query blocks of heads that share their keys, is one matrix. Its logits per block lie in tiles
-[tiles of pooled keys, rows, blocks of a tile], so that each step writes one run of memory.
+A part of the queries, a few query blocks of heads that share their keys, is one matrix of integers. Its products with a tile
+of pooled keys are reduced to the largest of a few neighbours, and only those become logits: the block's mean is added, and
+query and block have a factor each. Logits per block lie in tiles [tiles of pooled keys, rows, blocks of a tile], so that each
+step writes one run of memory.
 """
 
 from __future__ import annotations
@@ -13,10 +15,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...config import NORMALISER_GROUP
 from ...geometry import PrefillGeometry
-from .pool import TILE
-from .primitives import compute_capability, launch_context, row_span
+from .pool import TILE, PooledKeys, centre_tiles
+from .primitives import compute_capability, integer_queries, launch_context, row_span
 from .tuning import Part, ProbeTiles, probe_tiles
+
+_NORMALISER_GROUP = tl.constexpr(NORMALISER_GROUP)
+# The largest product where no pooled key is seen.
+UNSEEN = -(2**31)
+_UNSEEN = tl.constexpr(UNSEEN)
 
 
 class ProbeCall(NamedTuple):
@@ -43,7 +51,7 @@ class ProbeCall(NamedTuple):
 
     query: torch.Tensor
     positions: torch.Tensor | None
-    pooled: torch.Tensor
+    pooled: PooledKeys
     geometry: PrefillGeometry
     peaks: torch.Tensor
     log_sums: torch.Tensor
@@ -75,7 +83,7 @@ class ProbeCall(NamedTuple):
             first_part,
             splits,
             self.peaks.shape[1],
-            self.pooled.shape[2],
+            self.pooled.tiles.shape[2],
             self.peaks.shape[3],
             *self.query.stride()[:3],
         )
@@ -83,13 +91,14 @@ class ProbeCall(NamedTuple):
     def constants(self) -> dict[str, Any]:
         """What both probes' kernels are compiled for."""
         return {
-            "GROUP": self.query.shape[1] // self.pooled.shape[1],
+            "GROUP": self.query.shape[1] // self.pooled.tiles.shape[1],
             "HEADS": self.part.heads,
             "QUERY_BLOCKS": self.part.query_blocks,
             "HEAD_DIM": self.query.shape[3],
             "BLOCK": self.geometry.block_size,
             "POOL": self.pool_size,
             "STRIDE": self.query_stride,
+            "CENTRE_TILES": centre_tiles(TILE * self.pool_size // self.geometry.block_size),
             "HAS_RANGES": self.geometry.valid_ranges is not None,
             "num_warps": self.tiles.num_warps,
             "enable_fp_fusion": True,
@@ -97,18 +106,62 @@ class ProbeCall(NamedTuple):
 
 
 @triton.jit
-def _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK: tl.constexpr):
-    """One tile's largest product per query and block [rows, blocks/4, 4], and the softmax normaliser, kept per block slot.
+def _centre_products(integers, centres_ptr, first_row, end, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Products of queries and the means of some tiles' blocks, int32 [rows, tiles * blocks of a tile / 4, 4], of ROWS rows of
+    the means' bytes, of which the last may be missing."""
+    channels, rows = tl.arange(0, integers.shape[1]), first_row + tl.arange(0, ROWS)
+    mask = (rows < end)[:, None] & (channels < HEAD_DIM)[None, :]
+    centres = tl.load(centres_ptr + rows.to(tl.int64)[:, None] * HEAD_DIM + channels[None, :], mask=mask, other=0)
+    products = tl.dot(integers, centres.T, out_dtype=tl.int32)
+    high, low = tl.split(products.reshape(products.shape[0], ROWS // 8, 4, 2))
+    return high * 256 + low
 
-    Every reduction here stays inside a thread; the slots are reduced once at the end.
+
+@triton.jit
+def _reduce(
+    products, centre_products, number, steps, factors, is_full, running_max, running_sum, PER_BLOCK: tl.constexpr,
+    CENTRE_TILES: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile's largest logit per query and block, base 2, float32 [rows, blocks / 4, 4], and each query's largest logit and
+    normaliser so far, see reference.probe_shares; the latter two are kept for every fourth block and joined at the end.
+
+    Every reduction here stays inside a thread.
+
+    Args:
+        products: int32 [rows, TILE], _UNSEEN where a query does not see a pooled key.
+        centre_products: Of the CENTRE_TILES tiles whose blocks' means are multiplied together.
+        number: The tile's, of these.
+        steps: Of its blocks, [blocks / 4, 4].
+        factors: Of the queries [rows].
+        is_full: Whether a query sees all of a block, [rows, blocks / 4, 4]; with IS_WHOLE they see all of all blocks.
+        running_max: Float32 [rows, 4].
+        running_sum: Float32 [rows, 4].
+        PER_BLOCK: Pooled keys in a block.
+        CENTRE_TILES: See above.
+        IS_WHOLE: See above.
     """
-    by_block = products.reshape(products.shape[0], products.shape[1] // PER_BLOCK // 4, PER_BLOCK // 2, 4, 2)
-    peaks = tl.max(tl.max(by_block, 4), 2)
-    new_max = tl.maximum(running_max, peaks)
-    shifted = by_block * scale_log2 - (new_max * scale_log2)[:, :, None, :, None]
-    terms = tl.sum(tl.sum(tl.exp2(shifted), 4), 2)
-    running_sum = running_sum * tl.exp2((running_max - new_max) * scale_log2) + terms
-    return peaks, new_max, running_sum
+    FOURS: tl.constexpr = products.shape[1] // PER_BLOCK // 4
+    GROUP: tl.constexpr = min(_NORMALISER_GROUP, PER_BLOCK)
+    GROUPS: tl.constexpr = PER_BLOCK // GROUP
+    by_group = products.reshape(products.shape[0], FOURS, GROUPS, GROUP // 2, 4, 2)
+    groups = tl.max(tl.max(by_group, 5), 3)
+    largest = tl.max(groups, 2)
+    if CENTRE_TILES > 1:
+        of_tile = tl.arange(0, CENTRE_TILES)[None, :, None, None] == number
+        by_tile = centre_products.reshape(products.shape[0], CENTRE_TILES, FOURS, 4)
+        centre_products = tl.sum(tl.where(of_tile, by_tile, 0), 1)
+    factors = factors[:, None, None] * steps[None, :, :]
+    peaks = (largest + centre_products).to(tl.float32) * factors
+    if not IS_WHOLE:
+        peaks = tl.where(largest == _UNSEEN, float("-inf"), peaks)
+    new_max = tl.maximum(running_max, tl.max(peaks, 1))
+    centres = centre_products.to(tl.float32) * factors - new_max[:, None, :]
+    exponents = groups.to(tl.float32) * factors[:, :, None, :] + centres[:, :, None, :]
+    if not IS_WHOLE:
+        exponents = tl.where(groups == _UNSEEN, float("-inf"), exponents)
+        centres = tl.where(is_full, centres, float("-inf"))
+    terms = tl.sum(tl.exp2(exponents), 2) + (PER_BLOCK - GROUPS) * tl.exp2(centres)
+    return peaks, new_max, running_sum * tl.exp2(running_max - new_max) + tl.sum(terms, 1)
 
 
 @triton.jit(
@@ -130,6 +183,8 @@ def _probe_kernel(
     positions_ptr,
     pooled_ptr,
     pooled_desc,
+    centres_ptr,
+    steps_ptr,
     ranges_ptr,
     peaks_ptr,
     log_sums_ptr,
@@ -157,6 +212,7 @@ def _probe_kernel(
     POOL: tl.constexpr,
     STRIDE: tl.constexpr,
     TILE: tl.constexpr,
+    CENTRE_TILES: tl.constexpr,
     HAS_RANGES: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
 ):
@@ -196,78 +252,109 @@ def _probe_kernel(
         mask=is_probe[:, None] & in_head[None, :],
         other=0.0,
     )
-    pooled_row = (batch * (heads // GROUP) + key_head) * pooled_rows
+    integers, factors = integer_queries(queries)
+    factors *= scale_log2
+    key_row = batch * (heads // GROUP) + key_head
+    pooled_row = key_row * pooled_rows
     pooled_ptr += pooled_row.to(tl.int64) * HEAD_DIM
+    CENTRES: tl.constexpr = 2 * CENTRE_TILES * TILE_BLOCKS
+    blocks = pooled_rows // PER_BLOCK
+    centre_rows = 2 * blocks
+    centres_ptr += key_row.to(tl.int64) * centre_rows * HEAD_DIM
+    steps_ptr += key_row.to(tl.int64) * blocks
+    block = tl.arange(0, TILE_BLOCKS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    steps_ptr += block
     column = tl.arange(0, TILE)
     slot = tl.arange(0, TILE_BLOCKS)
     # A finite start keeps queries that have seen nothing yet free of inf - inf.
-    running_max = tl.full((ROWS, TILE_BLOCKS // 4, 4), -1e30, tl.float32)
-    running_sum = tl.zeros((ROWS, TILE_BLOCKS // 4, 4), tl.float32)
+    running_max = tl.full((ROWS, 4), -1e30, tl.float32)
+    running_sum = tl.zeros((ROWS, 4), tl.float32)
     last_own = first_own + tl.minimum(QUERY_BLOCKS, tiles - first_tile) - 1
     last_own = tl.minimum(last_own, tl.cdiv(query_end, BLOCK) - 1)
     # Tiles before the first query block are seen whole by every query. A program behind the row's last query has none.
     total = tl.where(last_own >= first_own, last_own // TILE_BLOCKS + 1, 0)
     whole = first_own // TILE_BLOCKS
-    begin, end = total * split // splits, total * (split + 1) // splits
+    groups = tl.cdiv(total, CENTRE_TILES)
+    begin = groups * split // splits * CENTRE_TILES
+    end = tl.minimum(groups * (split + 1) // splits * CENTRE_TILES, total)
+    centre_products = tl.zeros((ROWS, CENTRES // 8, 4), tl.int32)
 
     for number in range(begin, tl.minimum(whole, end)):
+        if number % CENTRE_TILES == 0:
+            first_row = number * (2 * TILE_BLOCKS)
+            centre_products = _centre_products(integers, centres_ptr, first_row, centre_rows, HEAD_DIM, CENTRES)
+        steps = tl.load(steps_ptr + number * TILE_BLOCKS)
         if HAS_DESCRIPTORS:
             pooled = pooled_desc.load([pooled_row + number * TILE, 0])
         else:
             pooled = tl.load(
                 pooled_ptr + (number * TILE + column)[:, None].to(tl.int64) * HEAD_DIM + channels[None, :],
                 mask=in_head[None, :],
-                other=0.0,
+                other=0,
             )
-        products = tl.dot(queries, pooled.T, input_precision="ieee")
-        peaks, running_max, running_sum = _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK)
+        products = tl.dot(integers, pooled.T, out_dtype=tl.int32)
+        peaks, running_max, running_sum = _reduce(
+            products, centre_products, number % CENTRE_TILES, steps, factors, None, running_max, running_sum, PER_BLOCK,
+            CENTRE_TILES, True,
+        )  # fmt: skip
         target = peaks_ptr + (number * ROWS + row)[:, None] * TILE_BLOCKS + slot[None, :]
-        tl.store(target, peaks.reshape(ROWS, TILE_BLOCKS) * scale_log2)
+        tl.store(target, peaks.reshape(ROWS, TILE_BLOCKS))
 
     tile_slot = column // (4 * PER_BLOCK) * 4 + column // 2 % 4
     within = column // 8 % (PER_BLOCK // 2) * 2 + column % 2
     for number in range(tl.maximum(whole, begin), end):
+        if number % CENTRE_TILES == 0:
+            first_row = number * (2 * TILE_BLOCKS)
+            centre_products = _centre_products(integers, centres_ptr, first_row, centre_rows, HEAD_DIM, CENTRES)
+        steps = tl.load(steps_ptr + number * TILE_BLOCKS, mask=(number * TILE_BLOCKS + block) * BLOCK < key_end, other=0.0)
         first_token = (number * TILE_BLOCKS + tile_slot) * BLOCK + within * POOL
         is_key = first_token < key_end
         pooled = tl.load(
             pooled_ptr + (number * TILE + column)[:, None].to(tl.int64) * HEAD_DIM + channels[None, :],
             mask=is_key[:, None] & in_head[None, :],
-            other=0.0,
+            other=0,
         )
         last_token = tl.minimum(first_token + POOL, key_end) - 1
         is_seen = is_key[None, :] & (last_token[None, :] <= position[:, None])
-        products = tl.dot(queries, pooled.T, input_precision="ieee")
-        products = tl.where(is_seen, products, float("-inf"))
-        peaks, running_max, running_sum = _accumulate(products, running_max, running_sum, scale_log2, PER_BLOCK)
+        products = tl.dot(integers, pooled.T, out_dtype=tl.int32)
+        products = tl.where(is_seen, products, _UNSEEN)
+        is_full = ((number * TILE_BLOCKS + block + 1) * BLOCK <= key_end)[None, :, :]
+        is_full &= ((number * TILE_BLOCKS + block + 1) * BLOCK - 1)[None, :, :] <= position[:, None, None]
+        peaks, running_max, running_sum = _reduce(
+            products, centre_products, number % CENTRE_TILES, steps, factors, is_full, running_max, running_sum, PER_BLOCK,
+            CENTRE_TILES, False,
+        )  # fmt: skip
         target = peaks_ptr + (number * ROWS + row)[:, None] * TILE_BLOCKS + slot[None, :]
-        tl.store(target, peaks.reshape(ROWS, TILE_BLOCKS) * scale_log2)
+        tl.store(target, peaks.reshape(ROWS, TILE_BLOCKS))
 
-    largest = tl.max(tl.max(running_max, 2), 1)
-    normaliser = tl.sum(tl.sum(running_sum * tl.exp2((running_max - largest[:, None, None]) * scale_log2), 2), 1)
+    largest = tl.max(running_max, 1)
+    normaliser = tl.sum(running_sum * tl.exp2(running_max - largest[:, None]), 1)
     # A query without keys, or a row that is no query, must give no block a share.
     is_voting = is_probe & (normaliser != 0)
-    log_sum = largest * scale_log2 + tl.log2(tl.where(is_voting, normaliser, 1.0))
+    log_sum = largest + tl.log2(tl.where(is_voting, normaliser, 1.0))
     tl.store(log_sums_ptr + row, tl.where(is_voting, log_sum, tl.where(splits == 1, float("inf"), float("-inf"))))
 
 
 def tiles_for(query: torch.Tensor) -> ProbeTiles:
     """Tiles of ``probe_parts``."""
-    return probe_tiles(compute_capability(query), triton.next_power_of_2(query.shape[-1]), query.dtype)
+    return probe_tiles(compute_capability(query), triton.next_power_of_2(query.shape[-1]))
 
 
 def probe_parts(call: ProbeCall, first_part: int, count: int, splits: int) -> None:
     """Probe with ``count`` parts of the call's query blocks from ``first_part`` on, each by ``splits`` programs."""
-    pooled, head_dim = call.pooled, call.query.shape[3]
+    (tiles, centres, steps), head_dim = call.pooled, call.query.shape[3]
     block_d = triton.next_power_of_2(head_dim)
     described = None
-    if call.tiles.copy_engine and head_dim == block_d:
-        described = TensorDescriptor.from_tensor(pooled.view(-1, head_dim), [TILE, head_dim])
+    if call.tiles.copy_engine and head_dim == block_d and head_dim >= 16:
+        described = TensorDescriptor.from_tensor(tiles.view(-1, head_dim), [TILE, head_dim])
     with launch_context(call.query):
         _probe_kernel[call.grid(count, splits)](
             call.query,
             call.positions,
-            pooled,
+            tiles,
             described,
+            centres,
+            steps,
             *call.arguments(first_part, splits),
             **call.constants(),
             ROWS=call.part.rows,

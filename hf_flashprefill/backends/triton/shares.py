@@ -20,7 +20,7 @@ from ...config import MEAN_WEIGHT
 from ...geometry import PrefillGeometry
 from . import probe
 from .longest import longest_queries
-from .pool import TILE
+from .pool import TILE, PooledKeys
 from .primitives import append_kept, is_hopper, launch_context, multiprocessors, row_span
 from .tuning import MAX_SPLITS, Part, probe_splits
 
@@ -213,7 +213,7 @@ def _probing(query: torch.Tensor, block_size: int, query_stride: int) -> ModuleT
 
 def select_shares(
     query: torch.Tensor,
-    pooled: torch.Tensor,
+    pooled: PooledKeys,
     geometry: PrefillGeometry,
     *,
     selector: str,
@@ -231,7 +231,7 @@ def select_shares(
     reference.PROBE_SCORES."""
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, _, head_dim = query.shape
-    group, slots = heads // pooled.shape[1], geometry.block_size // query_stride
+    group, slots = heads // pooled.tiles.shape[1], geometry.block_size // query_stride
     probing = _probing(query, geometry.block_size, query_stride)
     tiles = probing.tiles_for(query)
     part = Part.largest(group, slots, tiles.rows)

@@ -125,10 +125,8 @@ class ProbeTiles(NamedTuple):
     copy_engine: bool = False
 
 
-def probe_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -> ProbeTiles:
+def probe_tiles(capability: tuple[int, int], block_d: int) -> ProbeTiles:
     """Tiles of the finer probe's portable kernel for a padded head_dim ``block_d``."""
-    if dtype == torch.float32:
-        return ProbeTiles(32, parts=1, resident=2, num_warps=8, num_stages=1)
     if capability[0] in (9, 10):
         # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, 128K tokens: eight warps took 4.41 ms (three stages) and
         # 4.65 (two), four warps 3.24; 64 rows and four warps 3.61.
@@ -141,11 +139,8 @@ def probe_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype) -
 MAX_SPLITS = 8
 
 
-# What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile. H200, Hopper kernel: a
-# further split of 128 programs costs as much as 2.5 tiles; with 4, ``probe_splits`` finds the fastest of the measured splits in
-# all of thirteen shapes, 4096 to 24576 tokens and chunks of 1024 to 12288 against up to 131072 keys
-# (benchmarks/results/lists-2026-11-29-h200.txt).
-_TILES_TO_BEGIN = 4
+# What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile.
+_TILES_TO_BEGIN = 9
 
 
 @functools.lru_cache
