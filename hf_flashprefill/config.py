@@ -27,8 +27,9 @@ MEAN_WEIGHT = 16.0
 # with room for that mean's rounding, and of the mean, with room for its two bytes' rounding.
 QUERY_LEVELS, KEY_LEVELS, CENTRE_LEVELS = 127, 126, 32000
 # Of every so many neighbouring pooled keys of a block the largest logit counts in a query's normaliser. What the others add is
-# reckoned from the block's mean, which leaves out of four keys three exponentials: with all of them the probe took twice as
-# long, and with one for each block a trained model needed 1.3 to 1.6 times the blocks for the same answers.
+# reckoned from the block's mean, which saves three exponentials of four: with all of them the probe took half as long again at
+# 256K tokens, and with one for each block alone a trained model needed half as many blocks again for the same answers
+# (benchmarks/results/integers-2026-11-29-h200.txt).
 NORMALISER_GROUP = 4
 # By which integers are multiplied at least: what is smaller counts as zero.
 SMALLEST_STEP = 2.0**-100

@@ -86,10 +86,12 @@ def test_the_correction_hurts_no_head_of_any_layer(recall_model, mean_blocks, mo
     model, tokenizer = recall_model
     corpus = encode(tokenizer, Path(doctest.__file__).read_text(encoding="utf-8"))
     (prompt,) = make_prompts(tokenizer, corpus, 4096, 1)
+    # At the default alpha the last layer drops 14 % of its blocks, which leaves little to correct.
+    base = replace(BASE, alpha=0.007)
     for query, key, value in attention_inputs(model, prompt.ids):
         exact = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         outputs = (
-            flash_prefill_attention(query, key, value, config=replace(BASE, correction=correction, mean_blocks=mean_blocks))
+            flash_prefill_attention(query, key, value, config=replace(base, correction=correction, mean_blocks=mean_blocks))
             for correction in (True, False)
         )
         corrected, uncorrected = ((output - exact).square().sum((0, 2, 3)) for output in outputs)

@@ -135,7 +135,7 @@ def test_row_masses_in_float64(layers, monkeypatch):
 def test_kept_mass_in_float64_for_one_head(layers):
     """One head of a layer by itself, with tensors that make a point keep some blocks and not others."""
     query, key, value = (tensor[:, :1] for tensor in layers[2])
-    (point,) = parse_curves(["peak:0.8@sink_blocks=0,window_blocks=1"], BASE)
+    (point,) = parse_curves(["peak:0.95@sink_blocks=0,window_blocks=1"], BASE)
     rows = sampled_rows(LENGTH, 64, seed=0)
     observer = LayerObserver([point], rows, take_times=False)
     observer(type("Layer", (), {"layer_idx": 5}), AttentionInput(query, key, value), 0.125)

@@ -19,11 +19,13 @@ def test_programs_of_the_published_rule_take_many_heads(heads, programs, expecte
         (176, 192, 256, 3),
         (132, 252, 256, 1),
         (264, 192, 256, 1),
-        # One turn, in which the shortest wait for the longest; a second evens that out.
-        (128, 1, 16, 2),
-        (128, 49, 64, 2),
+        # One turn, in which the shortest wait for the longest; a second would cost more than it evens out.
+        (128, 1, 16, 1),
+        (128, 49, 64, 1),
         # Idle multiprocessors.
-        (48, 192, 256, 8),
+        (16, 255, 256, 8),
+        (32, 125, 128, 4),
+        (64, 121, 128, 2),
         (64, 1, 8, 2),
         (1, 1000, 1000, 8),
         # Nothing to cut.

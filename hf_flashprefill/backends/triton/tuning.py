@@ -128,8 +128,8 @@ class ProbeTiles(NamedTuple):
 def probe_tiles(capability: tuple[int, int], block_d: int) -> ProbeTiles:
     """Tiles of the finer probe's portable kernel for a padded head_dim ``block_d``."""
     if capability[0] in (9, 10):
-        # H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, 128K tokens: eight warps took 4.41 ms (three stages) and
-        # 4.65 (two), four warps 3.24; 64 rows and four warps 3.61.
+        # H200, 32 query and 8 key-value heads, head_dim 128, 128K tokens, 16-bit products: eight warps took 4.41 ms (three
+        # stages) and 4.65 (two), four warps 3.24; 64 rows and four warps 3.61.
         num_warps = 8 if block_d > 128 else 4
         return ProbeTiles(128, parts=1, resident=2, num_warps=num_warps, num_stages=2, copy_engine=True)
     return ProbeTiles(64, parts=1, resident=2, num_warps=8, num_stages=1 if block_d > 128 else 2)
@@ -139,7 +139,9 @@ def probe_tiles(capability: tuple[int, int], block_d: int) -> ProbeTiles:
 MAX_SPLITS = 8
 
 
-# What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile.
+# What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile. H200, Hopper kernel: with 9
+# ``probe_splits`` finds the fastest of the measured splits in ten of thirteen shapes, 4096 to 24576 tokens and chunks of 1024 to
+# 12288 against up to 131072 keys, and in the others one that takes 2 to 6 % longer (benchmarks/results/integers-2026-11-29-h200.txt).
 _TILES_TO_BEGIN = 9
 
 
@@ -148,10 +150,10 @@ def probe_splits(programs: int, at_once: int, shortest: int, longest: int) -> in
     """Among how many programs, up to MAX_SPLITS, the keys of each of ``programs`` of the probe are split, where ``at_once`` run
     at a time and see from ``shortest`` to ``longest`` tiles of pooled keys, the longest first.
 
-    Programs that are about as long run in turns, of which the last leaves most of the GPU idle if there are few: with 176 for
-    the last 8K of 128K tokens on 132 multiprocessors the selection took 771 us, in three splits 568 (H200, three parts a
-    program, 32 query and 8 key-value heads, head_dim 128, bfloat16). Where short ones fill the gaps, the longest may still take
-    longer than all of them on average: with 128 programs for 8K tokens the probe took 38 us, in two splits 32.
+    Programs that are about as long run in turns, of which the last leaves most of the GPU idle if there are few: with 192 for
+    12K of 64K tokens on 132 multiprocessors the probe takes 227 us, in two splits 190 (H200, 32 query and 8 key-value heads,
+    head_dim 128, bfloat16). Where short ones fill the gaps, the longest may still take longer than all of them on average: with
+    64 programs for 4K tokens it takes 15.8 us, in two splits 12.6.
     """
     if programs >= 2 * at_once:
         return 1
