@@ -1,11 +1,11 @@
 """The finer probe for Hopper GPUs, in Gluon: what ``probe.py`` does, one warpgroup's products under the others' reductions.
 
-One warp loads tiles of pooled keys, and the means of their blocks, with the bulk tensor copy engine; four warpgroups, 64 probing
-queries each, multiply a tile on the tensor cores and reduce it. The means of 16 blocks are multiplied at once: a product of
-fewer columns would wait for its queries. Each warpgroup waits for its own products before it reduces them, which leaves the
-registers for a fourth: with three that also multiplied the next tile beside each reduction, and products of 16 bits, the
-selection took 0.39 ms instead of 0.36 at 32K tokens and 4.9 instead of 4.6 at 128K, but 0.065 instead of 0.068 at 8K (H200, 32
-query and 8 key-value heads, head_dim 128, bfloat16). With 8-bit integers it takes 0.26 and 3.2.
+One warp loads tiles of pooled keys, and the means of their blocks, with the bulk tensor copy engine; four warpgroups, 64
+probing queries each, multiply a tile on the tensor cores and reduce it. The means of 16 blocks are multiplied at once: a
+product of fewer columns would wait for its queries. Each warpgroup waits for its own products before it reduces them, which
+leaves the registers for a fourth: with three that also multiplied the next tile beside each reduction, and products of 16
+bits, the selection took 0.39 ms instead of 0.36 at 32K tokens and 4.9 instead of 4.6 at 128K, but 0.065 instead of 0.068 at 8K
+(H200, 32 query and 8 key-value heads, head_dim 128, bfloat16). With 8-bit integers it takes 0.26 and 3.2.
 """
 
 from __future__ import annotations

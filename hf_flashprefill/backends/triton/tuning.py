@@ -139,9 +139,10 @@ def probe_tiles(capability: tuple[int, int], block_d: int) -> ProbeTiles:
 MAX_SPLITS = 8
 
 
-# What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile. H200, Hopper kernel: with 9
-# ``probe_splits`` finds the fastest of the measured splits in ten of thirteen shapes, 4096 to 24576 tokens and chunks of 1024 to
-# 12288 against up to 131072 keys, and in the others one that takes 2 to 6 % longer (benchmarks/results/integers-2026-11-29-h200.txt).
+# What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile. H200, Hopper kernel:
+# with 9 ``probe_splits`` finds the fastest of the measured splits in ten of thirteen shapes, 4096 to 24576 tokens and chunks of
+# 1024 to 12288 against up to 131072 keys, and in the others one that takes 2 to 6 % longer
+# (benchmarks/results/integers-2026-11-29-h200.txt).
 _TILES_TO_BEGIN = 9
 
 
