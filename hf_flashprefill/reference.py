@@ -11,6 +11,7 @@ Letters: Hq query heads, Hkv key-value heads, R queries, S keys, D head_dim, M q
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -121,7 +122,7 @@ def longest_queries(queries: torch.Tensor, positions: torch.Tensor, query_stride
     """Which query of every run of ``query_stride`` positions is the longest, the last of equals: int64 [Hq, R'].
 
     A long query can be certain of a key where a short one spreads its attention, and what is spread needs no block of its
-    own. What is not finite counts as the longest, so that attention shows it. Arguments as of ``probe_shares``.
+    own. What is not finite counts as the longest, so that attention shows it. Arguments as of ``probe_logits``.
     """
     lengths = comparable_lengths(queries)
     row, run = torch.arange(len(positions), device=queries.device), positions // query_stride
@@ -130,6 +131,20 @@ def longest_queries(queries: torch.Tensor, positions: torch.Tensor, query_stride
         is_longest = lengths[:, members] == lengths[:, members].amax(1, keepdim=True)
         chosen.append(torch.where(is_longest, members, -1).amax(1))
     return torch.stack(chosen, 1)
+
+
+class ProbeLogits(NamedTuple):
+    """Base-2 logits of probing queries; -inf where a query does not see all tokens.
+
+    Attributes:
+        pools: [Hq, R', P], with pooled keys.
+        centres: [Hq, R', N], with the means of blocks; also -inf where a block is not full.
+        positions: int64 [Hq, R'], the queries' own.
+    """
+
+    pools: torch.Tensor
+    centres: torch.Tensor
+    positions: torch.Tensor
 
 
 def probe_logits(
@@ -141,13 +156,10 @@ def probe_logits(
     block_size: int,
     scale: float,
     dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Base-2 logits of probing queries and pooled keys [Hq, R', P], of these and blocks' means [Hq, R', N], and the queries'
-    positions [Hq, R'].
+) -> ProbeLogits:
+    """The logits of the finer probes: every run of ``query_stride`` positions probes with its longest query, in each head.
 
-    Every run of ``query_stride`` positions probes with its longest query, in each head. Products are of integers, see
-    ``integer_queries`` and ``integer_keys``. A query sees a pooled key, or a block's mean, when it sees all of its tokens;
-    pairs that are not seen are -inf, and so are means of blocks that are not full.
+    Products are of integers, see ``integer_queries`` and ``integer_keys``.
 
     Args:
         queries: [Hq, R, D].
@@ -173,7 +185,7 @@ def probe_logits(
     logits = query_integers @ key_integers.transpose(1, 2) * factors
     last_token = torch.arange(1, logits.shape[2] + 1, device=queries.device) * pool_size - 1
     logits = logits.masked_fill(positions[..., None] < last_token.clamp(max=keys.shape[1] - 1), -math.inf)
-    return logits, centre_logits, positions
+    return ProbeLogits(logits, centre_logits, positions)
 
 
 def _log_sum(logits: torch.Tensor) -> torch.Tensor:
@@ -181,74 +193,52 @@ def _log_sum(logits: torch.Tensor) -> torch.Tensor:
     return (logits * math.log(2)).logsumexp(-1, keepdim=True) / math.log(2)
 
 
-def probe_shares(logits: torch.Tensor, centre_logits: torch.Tensor, block_size: int, pool_size: int) -> torch.Tensor:
+def probe_shares(probed: ProbeLogits, block_size: int, pool_size: int) -> torch.Tensor:
     """log2 of the largest share that each probing query gives any pooled key of each block: [Hq, R', N].
 
     Shares are nearly a softmax over the pooled keys: of every NORMALISER_GROUP neighbours the normaliser has the largest, and
     for the others of a full block that is seen whole what they would add were they its mean. A query that sees no pooled key
-    yet has no shares to give. Arguments are those of ``probe_logits``.
+    yet has no shares to give.
     """
     per_block = block_size // pool_size
     group = min(NORMALISER_GROUP, per_block)
-    peaks = torch.stack([part.amax(-1) for part in logits.split(per_block, dim=-1)], dim=-1)
-    largest = torch.stack([part.amax(-1) for part in logits.split(group, dim=-1)], dim=-1)
-    others = centre_logits + math.log2(max(per_block - per_block // group, 1e-30))
+    peaks = torch.stack([part.amax(-1) for part in probed.pools.split(per_block, dim=-1)], dim=-1)
+    largest = torch.stack([part.amax(-1) for part in probed.pools.split(group, dim=-1)], dim=-1)
+    others = probed.centres + math.log2(per_block - per_block // group)
     sums = _log_sum(torch.cat([largest, others], -1))
     return (peaks - sums.masked_fill(sums == -math.inf, 0.0)).masked_fill(sums == -math.inf, -math.inf)
 
 
-def block_shares(
-    logits: torch.Tensor,
-    centre_logits: torch.Tensor,
-    positions: torch.Tensor,
-    first_block: int,
-    block_size: int,
-    pool_size: int,
-) -> torch.Tensor:
+def block_shares(probed: ProbeLogits, first_block: int, block_size: int, pool_size: int) -> torch.Tensor:
     """log2 of the largest share that a probing query of query block I gives a pooled key of block J: [Hq, M, N].
 
-    ``logits`` [Hq, R', P], ``centre_logits`` [Hq, R', N] and ``positions`` [Hq, R'] are those of ``probe_logits``; M counts
-    from ``first_block``.
+    M counts from ``first_block``.
     """
-    shares = probe_shares(logits, centre_logits, block_size, pool_size)
+    shares = probe_shares(probed, block_size, pool_size)
     # Runs do not cross blocks, so the heads agree.
-    blocks = positions[0] // block_size - first_block
+    blocks = probed.positions[0] // block_size - first_block
     return torch.stack([shares[:, blocks == block].amax(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 
-def block_masses(
-    logits: torch.Tensor,
-    centre_logits: torch.Tensor,
-    positions: torch.Tensor,
-    first_block: int,
-    block_size: int,
-    pool_size: int,
-) -> torch.Tensor:
+def block_masses(probed: ProbeLogits, first_block: int, block_size: int, pool_size: int) -> torch.Tensor:
     """Sum over block J's pooled keys of the shares that the probing queries of block I give them, in a softmax over pooled
     keys, over those queries: [Hq, M, N]. Arguments as of ``block_shares``."""
-    sums = _log_sum(logits)
-    shares = (logits - sums.masked_fill(sums == -math.inf, 0.0)).exp2()
+    sums = _log_sum(probed.pools)
+    shares = (probed.pools - sums.masked_fill(sums == -math.inf, 0.0)).exp2()
     per_block = torch.stack([part.sum(-1) for part in shares.split(block_size // pool_size, dim=-1)], dim=-1)
-    blocks = positions[0] // block_size - first_block
+    blocks = probed.positions[0] // block_size - first_block
     return torch.stack([per_block[:, blocks == block].sum(1) for block in range(int(blocks[-1]) + 1)], dim=1)
 
 
-def block_blends(
-    logits: torch.Tensor,
-    centre_logits: torch.Tensor,
-    positions: torch.Tensor,
-    first_block: int,
-    block_size: int,
-    pool_size: int,
-) -> torch.Tensor:
+def block_blends(probed: ProbeLogits, first_block: int, block_size: int, pool_size: int) -> torch.Tensor:
     """log2 of the larger of two numbers, [Hq, M, N]: ``block_shares``' score, and MEAN_WEIGHT times the geometric mean of the
     largest share that each probing query gives a pooled key of the block, over the queries that see a pooled key at all.
 
     Arguments as of ``block_shares``.
     """
-    shares = probe_shares(logits, centre_logits, block_size, pool_size)
+    shares = probe_shares(probed, block_size, pool_size)
     sees = ~shares.isneginf().all(-1, keepdim=True)
-    blocks = positions[0] // block_size - first_block
+    blocks = probed.positions[0] // block_size - first_block
     scores = []
     for block in range(int(blocks[-1]) + 1):
         of_block, voting = shares[:, blocks == block], sees[:, blocks == block]
@@ -405,7 +395,7 @@ def select_blocks(
             scores = block_energies(queries, positions, means, span.key_end, block_size, scale, dtype)
         else:
             probed = probe_logits(queries, positions, keys, pool_size, query_stride, block_size, scale, dtype)
-            scores = PROBE_SCORES[selector](*probed, first_block, block_size, pool_size)
+            scores = PROBE_SCORES[selector](probed, first_block, block_size, pool_size)
         row_kept = kept_blocks(
             scores,
             first_block,

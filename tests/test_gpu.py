@@ -113,7 +113,7 @@ def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     positions = torch.arange(96, 4096, device="cuda")
     probed = reference.probe_logits(query[0], positions, key[0], pool_size, query_stride, 128, 128**-0.5, torch.float64)
     first_block = (4096 - 4000) // 128
-    scores = reference.PROBE_SCORES[selector](*probed, first_block, 128, pool_size)
+    scores = reference.PROBE_SCORES[selector](probed, first_block, 128, pool_size)
     expected = reference.kept_blocks(scores, first_block, selector=selector, alpha=alpha, **forced)
     margin = scores - (scores.amax(-1, keepdim=True) if selector == "peak" else 0.0) - torch.tensor(alpha).log2()
     rounding = integer_rounding(query[0], key[0], 128**-0.5, pool_size, 128)

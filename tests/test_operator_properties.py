@@ -81,7 +81,7 @@ def row_scores(variant, rule, scale, positions, queries, keys):
         stride, block_size = rule["query_stride"], variant.block_size
         probed = reference.probe_logits(queries, positions, keys, pool, stride, block_size, scale, torch.float64)
         score = reference.PROBE_SCORES[variant.selector]
-        scores = score(*probed, int(positions[0]) // block_size, block_size, pool)
+        scores = score(probed, int(positions[0]) // block_size, block_size, pool)
         rounding = integer_rounding(queries, keys, scale, pool, block_size)
         if stride > 1:
             rounding = rounding.masked_fill(nearly_longest(queries, positions // stride), math.inf)
