@@ -187,9 +187,10 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
     yield (
         "weigh_means",
         means._weigh_means_kernel.warmup(
-            number, counts, scores, 4, 128, 4, LOG2_BLOCK=7, num_warps=1, enable_fp_fusion=True, grid=(1,)
+            number, counts, scores, counts, 4, 128, 4, 4, LOG2_BLOCK=7, HAS_COUNTER=True, num_warps=1, enable_fp_fusion=True,
+            grid=(1,),
         ),
-    )
+    )  # fmt: skip
 
     # As vLLM's cache has them: the keys of a token and head before its values.
     pages = torch.zeros(4, 16, KEY_HEADS, 2 * head_dim, dtype=dtype).split(head_dim, -1)
@@ -208,8 +209,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             "probe_hopper",
             probe_hopper._probe_hopper_kernel.warmup(
                 query, counts, *described, scores, *probed, *strides, **probing,
-                QUERY_BLOCKS=tiles.rows // (16 * group), STAGES=tiles.num_stages, num_warps=tiles.num_warps,
-                enable_fp_fusion=True, grid=(1,),
+                QUERY_BLOCKS=tiles.rows // (16 * group), num_warps=tiles.num_warps, enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 

@@ -21,7 +21,9 @@ def test_weights_end_at_a_multiple_of_their_tile(key_blocks, mean_blocks, device
     own = torch.arange(key_blocks - 3, key_blocks)[:, None]
     block = torch.arange(key_blocks)[None]
     mask = ((torch.rand(1, 2, 3, key_blocks, generator=generator) < 0.3) | (block == own)) & (block <= own)
-    weights = weigh_means(BlockIndex.from_mask(mask.to(device), geometry), mean_blocks).cpu()
+    counter = torch.full((1,), -1, dtype=torch.int32, device=device)
+    weights = weigh_means(BlockIndex.from_mask(mask.to(device), geometry), mean_blocks, counter, 132).cpu()
+    assert counter.item() == 132
     assert weights.shape[-1] % width == 0
     for head in range(2):
         for tile in range(3):

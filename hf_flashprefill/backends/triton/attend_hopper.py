@@ -174,11 +174,15 @@ def attend_blocks(
     batch, heads, query_len, head_dim = query.shape
     tiles = hopper_tiles(head_dim)
     programs = min(multiprocessors(query), index.counts.numel())
-    # Every program's first turn is its own number.
-    next_turn = torch.full((1,), programs, dtype=torch.int32, device=query.device)
     retakes = torch.empty((index.counts.numel(), 2), dtype=torch.int32, device=query.device)
-    mean_blocks = 1 if means is None else means.key.shape[2]
-    of_means = [None] * 3 if means is None else _mean_descriptors(means, weigh_means(index, mean_blocks), tiles.step)
+    # Every program's first turn is its own number.
+    next_turn = torch.empty(1, dtype=torch.int32, device=query.device)
+    if means is None:
+        mean_blocks, of_means = 1, [None] * 3
+        next_turn.fill_(programs)
+    else:
+        mean_blocks = means.key.shape[2]
+        of_means = _mean_descriptors(means, weigh_means(index, mean_blocks, next_turn, programs), tiles.step)
     with launch_context(query):
         _attend_hopper_kernel[(programs,)](
             describe_rows(query, ROWS.value),

@@ -106,10 +106,24 @@ def first_weight(own, mean_blocks):
     return tl.cdiv(means, WIDTH) * WIDTH - means
 
 
-@triton.jit(do_not_specialize=["list_width", "width", "mean_blocks"])
-def _weigh_means_kernel(indices_ptr, counts_ptr, weights_ptr, list_width, width, mean_blocks, LOG2_BLOCK: tl.constexpr):
-    """One program: the weights of one list. An empty list's are not written, nor what is behind the last."""
+@triton.jit(do_not_specialize=["list_width", "width", "mean_blocks", "count_from"])
+def _weigh_means_kernel(
+    indices_ptr,
+    counts_ptr,
+    weights_ptr,
+    counter_ptr,
+    list_width,
+    width,
+    mean_blocks,
+    count_from,
+    LOG2_BLOCK: tl.constexpr,
+    HAS_COUNTER: tl.constexpr,
+):
+    """One program: the weights of one list. An empty list's are not written, nor what is behind the last. The first also sets
+    the counter."""
     list_row = tl.program_id(0).to(tl.int64)
+    if HAS_COUNTER:
+        tl.store(counter_ptr, count_from, mask=tl.program_id(0) == 0)
     indices_ptr += list_row * list_width
     count = tl.load(counts_ptr + list_row)
     if count > 0:
@@ -131,12 +145,14 @@ def _weigh_means_kernel(indices_ptr, counts_ptr, weights_ptr, list_width, width,
             tl.store(weights_ptr + list_row * width + column, tl.where(dropped > 0, log2_tokens, float("-inf")))
 
 
-def weigh_means(index: BlockIndex, mean_blocks: int) -> torch.Tensor:
+def weigh_means(index: BlockIndex, mean_blocks: int, counter: torch.Tensor | None = None, count_from: int = 0) -> torch.Tensor:
     """log2 of how many dropped tokens each mean that a query block reads stands for, float32 [B, Hq, T, W]; -inf for none.
 
     They begin at ``first_weight``, behind -inf, so that they end at a multiple of WIDTH, and what is behind that means nothing:
     an attend kernel that reads means and their weights in equal steps up to the last one has none of a later block among them,
     whose value must not be multiplied even by nothing if it is not finite.
+
+    The same launch sets ``counter``, int32 [1], to ``count_from``.
     """
     width = triton.cdiv(triton.cdiv(index.geometry.key_blocks, mean_blocks), WIDTH.value) * WIDTH.value
     weights = torch.empty(*index.counts.shape, width, dtype=torch.float32, device=index.counts.device)
@@ -145,10 +161,13 @@ def weigh_means(index: BlockIndex, mean_blocks: int) -> torch.Tensor:
             index.indices,
             index.counts,
             weights,
+            counter,
             index.indices.shape[-1],
             width,
             mean_blocks,
+            count_from,
             LOG2_BLOCK=index.geometry.block_size.bit_length() - 1,
+            HAS_COUNTER=counter is not None,
             num_warps=1,
             enable_fp_fusion=True,
         )

@@ -1,11 +1,16 @@
 """The finer probe for Hopper GPUs, in Gluon: what ``probe.py`` does, one warpgroup's products under the others' reductions.
 
-One warp loads tiles of pooled keys, and the means of their blocks, with the bulk tensor copy engine; four warpgroups, 64
-probing queries each, multiply a tile on the tensor cores and reduce it. The means of 16 blocks are multiplied at once: a
-product of fewer columns would wait for its queries. Each warpgroup waits for its own products before it reduces them, which
-leaves the registers for a fourth: with three that also multiplied the next tile beside each reduction, and products of 16
-bits, the selection took 0.39 ms instead of 0.36 at 32K tokens and 4.9 instead of 4.6 at 128K, but 0.065 instead of 0.068 at 8K
-(H200, 32 query and 8 key-value heads, head_dim 128, bfloat16). With 8-bit integers it takes 0.26 and 3.2.
+One warp loads tiles of pooled keys, a few at a time with the means of their blocks, with the bulk tensor copy engine; four
+warpgroups, 64 probing queries each, multiply a tile on the tensor cores and reduce it. The means of 16 blocks are multiplied at
+once: a product of fewer columns would wait for its queries. Each warpgroup waits for its own products before it reduces them,
+which leaves the registers for a fourth.
+
+Most of the time is the tensor cores': a selection whose probe multiplies everything and reduces nothing takes 2.09 ms at 128K
+tokens, this one 2.61, and one that loads each tile apart and finds maxima two at a time 2.82 and 2.73. Variants took as long or
+longer: queries from registers, three warpgroups that also multiply the next tile beside each reduction, loops over tiles that
+are unrolled (the code of four warpgroups no longer stays in the instruction cache), all warpgroups in one partition, and tensor
+cores that serve one or two warpgroups at a time (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16,
+benchmarks/results/probe-groups-2026-11-29-h200.txt).
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...config import NORMALISER_GROUP
-from .hopper_primitives import copy_to_shared, integer_queries, make_barriers, row_span, shared_layout
+from .hopper_primitives import copy_to_shared, integer_queries, make_barriers, not_before, row_span, shared_layout
 from .pool import TILE
 from .primitives import launch_context
 from .probe import UNSEEN, ProbeCall
@@ -33,6 +38,8 @@ from .tuning import ProbeTiles
 _ROWS = gl.constexpr(64)
 _TILE = gl.constexpr(TILE)
 _WARPGROUPS = gl.constexpr(4)
+# Tiles of pooled keys in shared memory.
+_BUFFERS = gl.constexpr(8)
 _UNSEEN = gl.constexpr(UNSEEN)
 _NORMALISER_GROUP = gl.constexpr(NORMALISER_GROUP)
 
@@ -42,22 +49,24 @@ def _groups(products, PER_BLOCK: gl.constexpr):
     """The largest product of every few neighbours: [rows, columns] -> [rows, blocks / 4, groups of a block, 4], see
     ``pool.tile_column``."""
     GROUP: gl.constexpr = min(_NORMALISER_GROUP, PER_BLOCK)
-    by_group = products.reshape([_ROWS, _TILE // PER_BLOCK // 4, PER_BLOCK // GROUP, GROUP // 2, 4, 2])
-    return gl.max(gl.max(by_group, 5), 3)
+    by_pair = products.reshape([_ROWS, _TILE // PER_BLOCK // 4, PER_BLOCK // GROUP, GROUP // 2, 4, 2])
+    # One reduction over all of a group: the compiler then sees twice as many of the maxima of three numbers that Hopper takes
+    # at once as where it finds the largest of each pair's largest.
+    by_group = by_pair.permute([0, 1, 2, 4, 3, 5]).reshape([_ROWS, _TILE // PER_BLOCK // 4, PER_BLOCK // GROUP, 4, GROUP])
+    return gl.max(by_group, 4)
 
 
 @gluon.jit
-def _centre_products(integers, centres, zeros, barriers, turn, layout: gl.constexpr):
-    """``probe._centre_products``; ``turn`` counts from 0."""
-    full, empty = barriers
-    STAGES: gl.constexpr = centres.shape[0]
-    stage = turn % STAGES
-    mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
-    in_work = warpgroup_mma(integers, centres.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
-    products = warpgroup_mma_wait(0, deps=[in_work])
-    mbarrier.arrive(empty.index(stage), count=1)
-    high, low = gl.split(products.reshape([_ROWS, centres.shape[1] // 8, 4, 2]))
-    return gl.convert_layout(high * 256 + low, layout)
+def _sums_of_bytes(products):
+    """What a product with the two rows of bytes of every block's mean gives for the means, int32 [rows, blocks / 4, 4]."""
+    high, low = gl.split(products.reshape([_ROWS, products.shape[1] // 8, 4, 2]))
+    return high * 256 + low
+
+
+@gluon.jit
+def _multiply(integers, rows, zeros):
+    """Begin to multiply queries with the rows of a buffer."""
+    return warpgroup_mma(integers, rows.permute([1, 0]), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -73,50 +82,37 @@ def _of_tile(centre_products, number, FOURS: gl.constexpr, layout: gl.constexpr)
 
 
 @gluon.jit
-def _step(
-    integers,
+def _reduce(
+    products,
+    centre_products,
+    of_centre,
     running_max,
     running_sum,
-    centre_products,
-    zeros,
-    tiles,
-    barriers,
-    number,
-    steps_ptrs,
+    steps,
     targets,
     factors,
-    position,
-    begin,
-    key_end,
+    bounds,
+    number,
     IS_WHOLE: gl.constexpr,
     BLOCK: gl.constexpr,
     POOL: gl.constexpr,
-    CENTRE_TILES: gl.constexpr,
 ):
-    """Multiply with the ``number``-th tile, counted from tile ``begin``, and reduce the products as ``probe._reduce`` does."""
-    full, empty = barriers
-    STAGES: gl.constexpr = tiles.shape[0]
+    """Reduce the products with a program's ``number``-th tile as ``probe._reduce`` does, the ``of_centre``-th of those whose
+    blocks' means are multiplied together. ``bounds``: where the last pooled key that a query sees begins, where keys end."""
     PER_BLOCK: gl.constexpr = BLOCK // POOL
     TILE_BLOCKS: gl.constexpr = _TILE // PER_BLOCK
-    layout: gl.constexpr = zeros.type.layout
     block_layout: gl.constexpr = running_max.type.layout.parent
-    stage = number % STAGES
-    mbarrier.wait(full.index(stage), (number // STAGES) & 1)
-    in_work = warpgroup_mma(integers, tiles.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
-    steps = gl.load(steps_ptrs + number * TILE_BLOCKS)
-    products = warpgroup_mma_wait(0, deps=[in_work])
-    mbarrier.arrive(empty.index(stage), count=1)
     if not IS_WHOLE:
-        column = gl.arange(0, _TILE, layout=gl.SliceLayout(0, layout))
-        tile_slot = column // (4 * PER_BLOCK) * 4 + column // 2 % 4
-        within = column // 8 % (PER_BLOCK // 2) * 2 + column % 2
-        first_token = ((begin + number) * TILE_BLOCKS + tile_slot) * BLOCK + within * POOL
-        last_token = gl.minimum(first_token + POOL, key_end) - 1
-        is_seen = (first_token < key_end)[None, :] & (last_token[None, :] <= position[:, None])
-        products = gl.where(is_seen, products, _UNSEEN)
+        last_seen, key_end = bounds
+        first_of_tile = number * (TILE_BLOCKS * BLOCK)
+        # Both sides of comparisons less what a thread adds to all of its columns: the left ones are constants then.
+        column = gl.arange(0, _TILE, layout=gl.SliceLayout(0, products.type.layout))
+        first_token = column // (4 * PER_BLOCK) * (4 * BLOCK) + (column // 8 % (PER_BLOCK // 2) * 2 + column % 2) * POOL
+        last_first = (last_seen - first_of_tile)[:, None] - (column // 2 % 4 * BLOCK)[None, :]
+        products = gl.where(first_token[None, :] <= last_first, products, _UNSEEN)
     groups = _groups(products, PER_BLOCK)
     largest = gl.max(groups, 2)
-    of_tile = _of_tile(centre_products, number % CENTRE_TILES, TILE_BLOCKS // 4, block_layout)
+    of_tile = _of_tile(centre_products, of_centre, TILE_BLOCKS // 4, block_layout)
     factors = factors[:, None, None] * steps[None, :, :]
     peaks = (largest + of_tile).to(gl.float32) * factors
     if not IS_WHOLE:
@@ -126,11 +122,12 @@ def _step(
     exponents = groups.to(gl.float32) * factors[:, :, None, :] + centres[:, :, None, :]
     if not IS_WHOLE:
         exponents = gl.where(groups == _UNSEEN, float("-inf"), exponents)
-        fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(1, gl.SliceLayout(0, block_layout)))
-        slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, block_layout)))
-        end = ((begin + number) * TILE_BLOCKS + fours[:, None] * 4 + slot[None, :] + 1) * BLOCK
-        position = gl.convert_layout(position, gl.SliceLayout(1, gl.SliceLayout(2, block_layout)))
-        is_full = (end <= key_end)[None, :, :] & (end[None, :, :] - 1 <= position[:, None, None])
+        fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, block_layout)))
+        slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, block_layout)))
+        seen_tokens = gl.convert_layout(last_seen, gl.SliceLayout(1, gl.SliceLayout(2, block_layout))) - first_of_tile + POOL
+        seen_tokens = gl.minimum(seen_tokens, key_end - first_of_tile)
+        last_end = seen_tokens[:, None, None] - (slot * BLOCK)[None, None, :]
+        is_full = ((fours * 4 + 1) * BLOCK)[None, :, None] <= last_end
         centres = gl.where(is_full, centres, float("-inf"))
     terms = gl.sum(gl.exp2(exponents), 2) + (PER_BLOCK - groups.shape[2]) * gl.exp2(centres)
     running_sum = running_sum * gl.exp2(running_max - new_max) + gl.sum(terms, 1)
@@ -152,7 +149,7 @@ def _probe(
     """One warpgroup: the part of QUERY_BLOCKS query blocks of HEADS heads, against the program's split of the keys."""
     buffers, barriers, pointers, strides, place, work, scale_log2 = shared
     queries, tiles, centres = buffers
-    tile_barriers, centre_barriers = barriers
+    full, empty = barriers
     query_ptr, positions_ptr, steps_ptr, peaks_ptr, log_sums_ptr = pointers
     stride_h, stride_s = strides
     first_token, first_tile, query_tiles, key_end = place
@@ -160,13 +157,14 @@ def _probe(
     HEAD_DIM: gl.constexpr = tiles.shape[2]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
     TILE_BLOCKS: gl.constexpr = _TILE // PER_BLOCK
+    STAGES: gl.constexpr = centres.shape[0]
     CENTRES: gl.constexpr = centres.shape[1]
     SLOTS: gl.constexpr = BLOCK // STRIDE
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 32])
     centre_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CENTRES, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     part = first_part + warpgroup * head_sets
-    log_sums_ptr += (part * splits + split) * _ROWS + gl.arange(0, _ROWS, layout=row_layout)
+    log_sums_ptr += (part * splits + split) * _ROWS
     # A row without queries or keys: it adds nothing to the normalisers of other splits; alone, it must give no block a share.
     nothing = gl.full([_ROWS], 0.0, gl.float32, row_layout) + gl.where(splits == 1, float("inf"), float("-inf"))
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
@@ -185,6 +183,11 @@ def _probe(
         integers.store(numbers)
         fence_async_shared()
         position = gl.convert_layout(position, row_layout)
+        # Where the last pooled key that a query sees begins, counted from the split's first token. That of a row's last query
+        # may have fewer tokens than others.
+        first_token_of_split = begin * (TILE_BLOCKS * BLOCK)
+        last_seen = gl.where(position + 1 == key_end, position, position - (POOL - 1)) - first_token_of_split
+        bounds = (last_seen, key_end - first_token_of_split)
 
         zeros = gl.zeros([_ROWS, _TILE], gl.int32, layout)
         centre_zeros = gl.zeros([_ROWS, CENTRES], gl.int32, centre_layout)
@@ -202,57 +205,74 @@ def _probe(
         step_fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(1, gl.SliceLayout(0, block_layout)))
         step_slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, block_layout)))
         steps_ptrs = steps_ptr + begin * TILE_BLOCKS + step_fours[:, None] * 4 + step_slot[None, :]
-        centre_state: gl.constexpr = gl.split(centre_zeros.reshape([_ROWS, CENTRES // 8, 4, 2]))[0].type.layout
-        centre_products = gl.zeros([_ROWS, CENTRES // 8, 4], gl.int32, centre_state)
 
+        centre_state: gl.constexpr = _sums_of_bytes(centre_zeros).type.layout
+        centre_products = gl.zeros([_ROWS, CENTRES // 8, 4], gl.int32, centre_state)
         for number in range(whole):
-            if number % CENTRE_TILES == 0:
-                turn = number // CENTRE_TILES
-                centre_products = _centre_products(integers, centres, centre_zeros, centre_barriers, turn, centre_state)
-            running_max, running_sum = _step(
-                integers, running_max, running_sum, centre_products, zeros, tiles, tile_barriers, number, steps_ptrs, targets,
-                factors, position, begin, key_end, True, BLOCK, POOL, CENTRE_TILES,
+            stage, of_centre = number // CENTRE_TILES % STAGES, number % CENTRE_TILES
+            if of_centre == 0:
+                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
+                in_work = _multiply(integers, centres.index(stage), centre_zeros)
+                centre_products = _sums_of_bytes(warpgroup_mma_wait(0, deps=[in_work]))
+                # Again, or the compiler begins the next product before it has added up the means' bytes, and spills.
+                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
+            in_work = _multiply(integers, tiles.index(number % _BUFFERS), zeros)
+            steps = gl.load(steps_ptrs + number * TILE_BLOCKS)
+            products = warpgroup_mma_wait(0, deps=[in_work])
+            running_max, running_sum = _reduce(
+                products, centre_products, of_centre, running_max, running_sum, steps, targets, factors, bounds, number, True,
+                BLOCK, POOL,
             )  # fmt: skip
+            if of_centre == CENTRE_TILES - 1:
+                mbarrier.arrive(empty.index(stage), count=1)
         for number in range(whole, total):
-            if number % CENTRE_TILES == 0:
-                turn = number // CENTRE_TILES
-                centre_products = _centre_products(integers, centres, centre_zeros, centre_barriers, turn, centre_state)
-            running_max, running_sum = _step(
-                integers, running_max, running_sum, centre_products, zeros, tiles, tile_barriers, number, steps_ptrs, targets,
-                factors, position, begin, key_end, False, BLOCK, POOL, CENTRE_TILES,
+            stage, of_centre = number // CENTRE_TILES % STAGES, number % CENTRE_TILES
+            if of_centre == 0:
+                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
+                in_work = _multiply(integers, centres.index(stage), centre_zeros)
+                centre_products = _sums_of_bytes(warpgroup_mma_wait(0, deps=[in_work]))
+                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
+            in_work = _multiply(integers, tiles.index(number % _BUFFERS), zeros)
+            steps = gl.load(steps_ptrs + number * TILE_BLOCKS)
+            products = warpgroup_mma_wait(0, deps=[in_work])
+            running_max, running_sum = _reduce(
+                products, centre_products, of_centre, running_max, running_sum, steps, targets, factors, bounds, number, False,
+                BLOCK, POOL,
             )  # fmt: skip
+            if of_centre == CENTRE_TILES - 1:
+                mbarrier.arrive(empty.index(stage), count=1)
 
         largest = gl.max(running_max, 1)
         normaliser = gl.sum(running_sum * gl.exp2(running_max - largest[:, None]), 1)
         normaliser = gl.convert_layout(normaliser, row_layout)
         largest = gl.convert_layout(largest, row_layout)
         # A query without keys, or a row that is no query, must give no block a share.
-        is_voting = (position >= 0) & (normaliser != 0)
+        is_voting = (last_seen + first_token_of_split > -POOL) & (normaliser != 0)
         log_sum = largest + gl.log2(gl.where(is_voting, normaliser, 1.0))
-        gl.store(log_sums_ptr, gl.where(is_voting, log_sum, nothing))
+        log_sum = gl.where(is_voting, log_sum, nothing)
     else:
-        gl.store(log_sums_ptr, nothing)
+        log_sum = nothing
+    # Anew: kept through the loop they were spilled.
+    gl.store(log_sums_ptr + not_before(gl.arange(0, _ROWS, layout=row_layout)), log_sum)
 
 
 @gluon.jit
-def _load_next(loads, turn):
-    """Into the next buffer, once it is free, the rows that fill it; ``turn`` counts from 0."""
-    described, first_row, buffers, barriers = loads
+def _load(loaded, CENTRE_TILES: gl.constexpr):
+    """The loading warp: CENTRE_TILES tiles of pooled keys at a time, with the means of their blocks."""
+    descriptors, buffers, barriers, first_row, first_centre, turns = loaded
+    tiles_desc, centres_desc = descriptors
+    tiles, centres = buffers
     full, empty = barriers
-    STAGES: gl.constexpr = buffers.shape[0]
-    stage = turn % STAGES
-    mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(stage), described.block_type.nbytes)
-    copy_to_shared(described, [first_row + turn * buffers.shape[1], 0], full.index(stage), buffers.index(stage))
-
-
-@gluon.jit
-def _load(tile_loads, centre_loads, total, CENTRE_TILES: gl.constexpr):
-    """The loading warp: the tiles of pooled keys in turn, and the means of their blocks before the first of CENTRE_TILES."""
-    for number in range(total):
-        if number % CENTRE_TILES == 0:
-            _load_next(centre_loads, number // CENTRE_TILES)
-        _load_next(tile_loads, number)
+    STAGES: gl.constexpr = centres.shape[0]
+    for turn in range(turns):
+        stage = turn % STAGES
+        mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+        bar = full.index(stage)
+        mbarrier.expect(bar, centres_desc.block_type.nbytes + CENTRE_TILES * tiles_desc.block_type.nbytes)
+        copy_to_shared(centres_desc, [first_centre + turn * centres.shape[1], 0], bar, centres.index(stage))
+        for i in gl.static_range(CENTRE_TILES):
+            row = first_row + (turn * CENTRE_TILES + i) * _TILE
+            copy_to_shared(tiles_desc, [row, 0], bar, tiles.index(stage * CENTRE_TILES + i))
 
 
 @gluon.jit(
@@ -301,11 +321,11 @@ def _probe_hopper_kernel(
     POOL: gl.constexpr,
     STRIDE: gl.constexpr,
     CENTRE_TILES: gl.constexpr,
-    STAGES: gl.constexpr,
     HAS_RANGES: gl.constexpr,
 ):
     """One program: WARPGROUPS neighbouring parts against one of ``splits`` parts of their keys."""
     TILE_BLOCKS: gl.constexpr = _TILE * POOL // BLOCK
+    STAGES: gl.constexpr = _BUFFERS // CENTRE_TILES
     SLOTS: gl.constexpr = BLOCK // STRIDE
     head_set, batch = gl.program_id(0), gl.program_id(2)
     head_sets = gl.num_programs(0)
@@ -328,10 +348,9 @@ def _probe_hopper_kernel(
 
     # Tiles of queries are swizzled like those of pooled keys.
     queries = gl.allocate_shared_memory(gl.int8, [_WARPGROUPS, _ROWS, HEAD_DIM], tiles_desc.layout)
-    pooled_tiles = gl.allocate_shared_memory(gl.int8, [STAGES, _TILE, HEAD_DIM], tiles_desc.layout)
-    centres = gl.allocate_shared_memory(gl.int8, [2, 2 * CENTRE_TILES * TILE_BLOCKS, HEAD_DIM], centres_desc.layout)
-    tile_barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, _WARPGROUPS))
-    centre_barriers = (make_barriers(2, 1), make_barriers(2, _WARPGROUPS))
+    pooled_tiles = gl.allocate_shared_memory(gl.int8, [_BUFFERS, _TILE, HEAD_DIM], tiles_desc.layout)
+    centres = gl.allocate_shared_memory(gl.int8, [STAGES, 2 * CENTRE_TILES * TILE_BLOCKS, HEAD_DIM], centres_desc.layout)
+    barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, _WARPGROUPS))
     fence_async_shared()
 
     heads = head_sets * HEADS
@@ -347,18 +366,18 @@ def _probe_hopper_kernel(
     place = (start - query_offset, first_tile, tiles, key_end)
     program_part = (batch * parts + number * _WARPGROUPS) * head_sets + head_set
     work = (begin, whole, total, program_part, head_sets, score_tiles * (_ROWS * TILE_BLOCKS), split, splits)
-    buffers, barriers = (queries, pooled_tiles, centres), (tile_barriers, centre_barriers)
-    shared = (buffers, barriers, pointers, (stride_qh, stride_qs), place, work, scale_log2)
+    shared = ((queries, pooled_tiles, centres), barriers, pointers, (stride_qh, stride_qs), place, work, scale_log2)
     first_centre = (key_row * (pooled_rows // _TILE) + begin) * (2 * TILE_BLOCKS)
-    tile_loads = (tiles_desc, key_row * pooled_rows + begin * _TILE, pooled_tiles, tile_barriers)
-    centre_loads = (centres_desc, first_centre, centres, centre_barriers)
+    first_row = key_row * pooled_rows + begin * _TILE
+    turns = gl.cdiv(total, CENTRE_TILES)
+    loaded = ((tiles_desc, centres_desc), (pooled_tiles, centres), barriers, first_row, first_centre, turns)
     gl.warp_specialize(
         [
             (_probe, (0, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE, CENTRE_TILES)),
             (_probe, (1, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE, CENTRE_TILES)),
             (_probe, (2, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE, CENTRE_TILES)),
             (_probe, (3, shared, HEADS, QUERY_BLOCKS, BLOCK, POOL, STRIDE, CENTRE_TILES)),
-            (_load, (tile_loads, centre_loads, total, CENTRE_TILES)),
+            (_load, (loaded, CENTRE_TILES)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],
@@ -373,7 +392,7 @@ def fits(query: torch.Tensor, block_size: int, query_stride: int) -> bool:
 
 def tiles_for(query: torch.Tensor) -> ProbeTiles:
     """A part for each warpgroup."""
-    return ProbeTiles(_ROWS.value, parts=_WARPGROUPS.value, resident=1, num_warps=4, num_stages=4)
+    return ProbeTiles(_ROWS.value, parts=_WARPGROUPS.value, resident=1, num_warps=4, num_stages=1)
 
 
 def probe_parts(call: ProbeCall, first_part: int, count: int, splits: int) -> None:
@@ -390,7 +409,6 @@ def probe_parts(call: ProbeCall, first_part: int, count: int, splits: int) -> No
             steps,
             *call.arguments(first_part, splits),
             **constants,
-            STAGES=call.tiles.num_stages,
         )
 
 

@@ -35,10 +35,10 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
 
 
 def pool_warps(sums: int, block_d: int) -> int:
-    """Warps of a program that adds keys or values up into ``sums`` means of ``block_d`` channels: 64 numbers a thread."""
-    # H200, 8 heads, head_dim 128, bfloat16, 128K tokens, one, two and four warps: pools of 4 tokens 152, 148 and 159 us, two
-    # warps by this rule; of 8 tokens 146, 172 and 154, of 32 tokens 138, 145 and 153, one warp.
-    return min(max(sums * block_d // 2048, 1), 8)
+    """Warps of a program that adds keys or values up into ``sums`` means of ``block_d`` channels: 128 numbers a thread."""
+    # H200, 8 heads, head_dim 128, bfloat16, one and two warps: pools of 4 tokens 150 and 155 us at 128K tokens, 286 and 299 at
+    # 256K. Pools of 8 and 32 tokens and whole blocks have one warp by this rule (probe-groups-2026-11-29-h200.txt).
+    return min(max(sums * block_d // 4096, 1), 8)
 
 
 class EnergyTiles(NamedTuple):
