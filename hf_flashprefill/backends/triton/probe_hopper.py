@@ -70,6 +70,41 @@ def _multiply(integers, rows, zeros):
 
 
 @gluon.jit
+def _next_products(
+    centre_products,
+    integers,
+    number,
+    buffers,
+    barriers,
+    steps_ptrs,
+    zeros,
+    centre_zeros,
+    TILE_BLOCKS: gl.constexpr,
+    CENTRE_TILES: gl.constexpr,
+):
+    """The products with the means of a few tiles' blocks, those with the ``number``-th tile, and the steps of its blocks."""
+    _, tiles, centres = buffers
+    full, _ = barriers
+    stage = number // CENTRE_TILES % centres.shape[0]
+    if number % CENTRE_TILES == 0:
+        mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
+        in_work = _multiply(integers, centres.index(stage), centre_zeros)
+        centre_products = _sums_of_bytes(warpgroup_mma_wait(0, deps=[in_work]))
+        # Again, or the compiler begins the next product before it has added up the means' bytes, and spills.
+        mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
+    in_work = _multiply(integers, tiles.index(number % _BUFFERS), zeros)
+    steps = gl.load(steps_ptrs + number * TILE_BLOCKS)
+    return centre_products, warpgroup_mma_wait(0, deps=[in_work]), steps
+
+
+@gluon.jit
+def _release(empty, number, CENTRE_TILES: gl.constexpr):
+    """After the last of the tiles that were loaded together: others may take their place."""
+    if number % CENTRE_TILES == CENTRE_TILES - 1:
+        mbarrier.arrive(empty.index(number // CENTRE_TILES % (_BUFFERS // CENTRE_TILES)), count=1)
+
+
+@gluon.jit
 def _of_tile(centre_products, number, FOURS: gl.constexpr, layout: gl.constexpr):
     """The products with the means of the blocks of a tile, ``number`` of those that stand together."""
     TILES: gl.constexpr = centre_products.shape[1] // FOURS
@@ -149,7 +184,7 @@ def _probe(
     """One warpgroup: the part of QUERY_BLOCKS query blocks of HEADS heads, against the program's split of the keys."""
     buffers, barriers, pointers, strides, place, work, scale_log2 = shared
     queries, tiles, centres = buffers
-    full, empty = barriers
+    _, empty = barriers
     query_ptr, positions_ptr, steps_ptr, peaks_ptr, log_sums_ptr = pointers
     stride_h, stride_s = strides
     first_token, first_tile, query_tiles, key_end = place
@@ -157,7 +192,6 @@ def _probe(
     HEAD_DIM: gl.constexpr = tiles.shape[2]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
     TILE_BLOCKS: gl.constexpr = _TILE // PER_BLOCK
-    STAGES: gl.constexpr = centres.shape[0]
     CENTRES: gl.constexpr = centres.shape[1]
     SLOTS: gl.constexpr = BLOCK // STRIDE
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE, 32])
@@ -209,38 +243,23 @@ def _probe(
         centre_state: gl.constexpr = _sums_of_bytes(centre_zeros).type.layout
         centre_products = gl.zeros([_ROWS, CENTRES // 8, 4], gl.int32, centre_state)
         for number in range(whole):
-            stage, of_centre = number // CENTRE_TILES % STAGES, number % CENTRE_TILES
-            if of_centre == 0:
-                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
-                in_work = _multiply(integers, centres.index(stage), centre_zeros)
-                centre_products = _sums_of_bytes(warpgroup_mma_wait(0, deps=[in_work]))
-                # Again, or the compiler begins the next product before it has added up the means' bytes, and spills.
-                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
-            in_work = _multiply(integers, tiles.index(number % _BUFFERS), zeros)
-            steps = gl.load(steps_ptrs + number * TILE_BLOCKS)
-            products = warpgroup_mma_wait(0, deps=[in_work])
+            centre_products, products, steps = _next_products(
+                centre_products, integers, number, buffers, barriers, steps_ptrs, zeros, centre_zeros, TILE_BLOCKS, CENTRE_TILES
+            )
             running_max, running_sum = _reduce(
-                products, centre_products, of_centre, running_max, running_sum, steps, targets, factors, bounds, number, True,
-                BLOCK, POOL,
+                products, centre_products, number % CENTRE_TILES, running_max, running_sum, steps, targets, factors, bounds,
+                number, True, BLOCK, POOL,
             )  # fmt: skip
-            if of_centre == CENTRE_TILES - 1:
-                mbarrier.arrive(empty.index(stage), count=1)
+            _release(empty, number, CENTRE_TILES)
         for number in range(whole, total):
-            stage, of_centre = number // CENTRE_TILES % STAGES, number % CENTRE_TILES
-            if of_centre == 0:
-                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
-                in_work = _multiply(integers, centres.index(stage), centre_zeros)
-                centre_products = _sums_of_bytes(warpgroup_mma_wait(0, deps=[in_work]))
-                mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
-            in_work = _multiply(integers, tiles.index(number % _BUFFERS), zeros)
-            steps = gl.load(steps_ptrs + number * TILE_BLOCKS)
-            products = warpgroup_mma_wait(0, deps=[in_work])
+            centre_products, products, steps = _next_products(
+                centre_products, integers, number, buffers, barriers, steps_ptrs, zeros, centre_zeros, TILE_BLOCKS, CENTRE_TILES
+            )
             running_max, running_sum = _reduce(
-                products, centre_products, of_centre, running_max, running_sum, steps, targets, factors, bounds, number, False,
-                BLOCK, POOL,
+                products, centre_products, number % CENTRE_TILES, running_max, running_sum, steps, targets, factors, bounds,
+                number, False, BLOCK, POOL,
             )  # fmt: skip
-            if of_centre == CENTRE_TILES - 1:
-                mbarrier.arrive(empty.index(stage), count=1)
+            _release(empty, number, CENTRE_TILES)
 
         largest = gl.max(running_max, 1)
         normaliser = gl.sum(running_sum * gl.exp2(running_max - largest[:, None]), 1)
