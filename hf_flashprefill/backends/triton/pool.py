@@ -250,6 +250,6 @@ def _pool(
             HAS_POOLS=pooled is not None,
             HAS_BLOCKS=key_blocks is not None,
             HAS_VALUES=value is not None,
-            num_warps=pool_warps(geometry.block_size // run, block_d),
+            num_warps=pool_warps(geometry.block_size // run, block_d, pooled is not None),
             enable_fp_fusion=True,
         )

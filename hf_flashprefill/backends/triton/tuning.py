@@ -34,11 +34,12 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
     return AttendTiles(block_size, 32 if block_d == 128 else 64, num_warps=8 if block_size == 128 else 4, num_stages=2)
 
 
-def pool_warps(sums: int, block_d: int) -> int:
-    """Warps of a program that adds keys or values up into ``sums`` means of ``block_d`` channels: 128 numbers a thread."""
+def pool_warps(sums: int, block_d: int, has_pools: bool) -> int:
+    """Warps of a program that adds keys or values up into ``sums`` means of ``block_d`` channels, for pools or blocks alone."""
     # H200, 8 heads, head_dim 128, bfloat16, one and two warps: pools of 4 tokens 150 and 155 us at 128K tokens, 286 and 299 at
-    # 256K. Pools of 8 and 32 tokens and whole blocks have one warp by this rule (probe-groups-2026-11-29-h200.txt).
-    return min(max(sums * block_d // 4096, 1), 8)
+    # 256K (probe-groups-2026-11-29-h200.txt). Blocks alone take as long with either, but one warp spills with triton 3.8.
+    numbers_a_thread = 128 if has_pools else 64
+    return min(max(sums * block_d // (32 * numbers_a_thread), 1), 8)
 
 
 class EnergyTiles(NamedTuple):
