@@ -152,7 +152,7 @@ def weigh_means(index: BlockIndex, mean_blocks: int, counter: torch.Tensor | Non
     an attend kernel that reads means and their weights in equal steps up to the last one has none of a later block among them,
     whose value must not be multiplied even by nothing if it is not finite.
 
-    The same launch sets ``counter``, int32 [1], to ``count_from``.
+    The same launch sets ``counter``, int32 [1], to ``count_from``: a launch of its own would come before every attention.
     """
     width = triton.cdiv(triton.cdiv(index.geometry.key_blocks, mean_blocks), WIDTH.value) * WIDTH.value
     weights = torch.empty(*index.counts.shape, width, dtype=torch.float32, device=index.counts.device)

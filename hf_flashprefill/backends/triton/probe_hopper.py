@@ -5,12 +5,12 @@ warpgroups, 64 probing queries each, multiply a tile on the tensor cores and red
 once: a product of fewer columns would wait for its queries. Each warpgroup waits for its own products before it reduces them,
 which leaves the registers for a fourth.
 
-Most of the time is the tensor cores': a selection whose probe multiplies everything and reduces nothing takes 2.09 ms at 128K
-tokens, this one 2.61, and one that loads each tile apart and finds maxima two at a time 2.82 and 2.73. Variants took as long or
-longer: queries from registers, three warpgroups that also multiply the next tile beside each reduction, loops over tiles that
-are unrolled (the code of four warpgroups no longer stays in the instruction cache), all warpgroups in one partition, and tensor
-cores that serve one or two warpgroups at a time (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16,
-benchmarks/results/probe-groups-2026-11-29-h200.txt).
+Most of the time is the tensor cores': at 128K tokens the selection takes 2.61 ms, and 2.09 if the probe multiplies everything
+but reduces one tile in 64. In another process it takes 2.63, where each tile is loaded apart 2.74, and where maxima are found
+two at a time as well 2.82 (with this loop nested in one over barriers). Variants took as long or longer there: queries from
+registers, unrolled loops over tiles, all warpgroups in one partition; nor did it help the tiles loaded apart to have three
+warpgroups that also multiply the next tile beside each reduction, or tensor cores that serve one or two warpgroups at a time
+(H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, benchmarks/results/probe-groups-2026-11-29-h200.txt).
 """
 
 from __future__ import annotations
