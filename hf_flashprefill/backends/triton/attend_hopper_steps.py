@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_primitives import copy_to_shared, finish_loads
+from .hopper_primitives import copy_to_shared, finish_loads, not_before
 
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 
@@ -69,13 +69,17 @@ def clear_values(buffers, barriers, now, first_unused):
 
 
 @gluon.jit
-def _causal(logits, own_row, first_key, layout: gl.constexpr):
+def _causal(logits, own_row, first_key, layout: gl.constexpr, HEAD_DIM: gl.constexpr):
     """Logits [queries, keys] of the query block's own key block without what lies after each query; the first are those of the
     block's query ``own_row`` and key ``first_key``."""
     QUERIES: gl.constexpr = logits.shape[0]
     KEYS: gl.constexpr = logits.shape[1]
-    row = own_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
-    column = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
+    row = own_row - first_key + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
+    if HEAD_DIM != 128:
+        # At 256 what is compared once per program was spilled, as were columns that are worked out here. At 128 this takes 1.02
+        # to 1.06 of the time without means (attend-stores-2026-11-30-h200.txt).
+        row = not_before(row)
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
     return gl.where(row[:, None] >= column[None, :], logits, float("-inf"))
 
 
@@ -119,7 +123,7 @@ def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     logits = warpgroup_mma_wait(0, deps=[_issue_logits(query, zeros, buffers, barriers, now)])
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
-    logits = _causal(logits, own_row, 0, layout)
+    logits = _causal(logits, own_row, 0, layout, key_tiles.shape[4])
     no_max = gl.full([QUERIES], -1e30, gl.float32, row_layout)
     no_sum = _partial_sums(gl.zeros_like(logits))
     weights, running_max, running_sum, _ = _online_step(logits, no_max, no_sum, scale_log2)
@@ -180,7 +184,7 @@ def compute_step(
             finish_loads()
     mbarrier.arrive(key_empty.index(now % STAGES), count=1)
     if KIND == "own":
-        logits = _causal(logits, limit, first, logits_layout)
+        logits = _causal(logits, limit, first, logits_layout, result.shape[1])
     if KIND == "means":
         logits = _weighed(logits * scale_log2, log2_tokens)
         scale_log2 = 1.0

@@ -54,6 +54,20 @@ def _mean_steps(own, mean_blocks, STEP: gl.constexpr, HAS_MEANS: gl.constexpr):
     return steps
 
 
+@gluon.constexpr_function
+def _store_layout(head_dim):
+    """Results [ROWS, head_dim] as a warpgroup stores them: of each 32 channels eight to a thread, by the warp and for the two
+    rows that the product left them with, so that warps do not wait for each other and a thread has two rows' addresses."""
+    wide = [[0, channel] for channel in (32, 64, 128) if channel < head_dim]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], *wide, [8, 0]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, head_dim],
+    )
+
+
 @gluon.jit
 def _take_turns(
     warpgroup,
@@ -83,7 +97,7 @@ def _take_turns(
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     result_row_layout: gl.constexpr = gl.SliceLayout(1, result_layout)
-    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    store_layout: gl.constexpr = _store_layout(HEAD_DIM)
 
     zeros = gl.zeros([ROWS, STEP], gl.float32, logits_layout)
     own_row = warpgroup * ROWS

@@ -141,9 +141,8 @@ MAX_SPLITS = 8
 
 
 # What begins and ends a program of the probe, in tiles of pooled keys that it could multiply meanwhile. H200, Hopper kernel:
-# with 9 ``probe_splits`` finds the fastest of the measured splits in ten of thirteen shapes, 4096 to 24576 tokens and chunks of
-# 1024 to 12288 against up to 131072 keys, and in the others one that takes 2 to 6 % longer
-# (benchmarks/results/integers-2026-11-29-h200.txt).
+# with 9 ``probe_splits`` finds the fastest of the measured splits in 15 of 17 shapes, 4096 to 24576 tokens and chunks of 1024
+# to 16384 against up to 131072 keys, and in the others one that takes 3 and 4 % longer (probe-splits-2026-11-30-h200.txt).
 _TILES_TO_BEGIN = 9
 
 
