@@ -36,10 +36,12 @@ MARGIN = 0.95
 # Seconds to spend on each figure, beyond the fewest runs that make a median.
 SECONDS = 0.05
 FEWEST_RUNS = 5
-# More than any cache holds. An H200 clears them 24 times in about 1.5 ms, in which its host launches one operator call. Six
-# times were too few: at 8192 tokens the defaults took .98 ms instead of the .63 of the stages alone.
+# More than any cache holds. An H200 clears them 24 times in about 1.5 ms, in which its host launches one operator call; slow
+# hosts need several times that. Where they are too few, waits count: .98 ms for the operator at 8192 tokens instead of .63.
 QUEUE_BYTES = 256 << 20
 FEWEST_CLEARINGS = 24
+# A run that waits for the GPU itself can never be all in the queue.
+MOST_CLEARINGS = 1024
 
 # Milliseconds of dense and of sparse attention at a length.
 TimeLength = Callable[[int], tuple[float, float]]
@@ -185,21 +187,6 @@ def imposed_index(
     return BlockIndex.from_mask(mask.expand(geometry.batch, -1, -1, -1), geometry)
 
 
-def _clearings(run: Callable[[], object], cleared: torch.Tensor) -> int:
-    """How many times to clear the memory, so that it takes half as long again as the host takes to launch all of ``run``."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(cleared.device)
-    begin.record()
-    for _ in range(FEWEST_CLEARINGS):
-        cleared.zero_()
-    end.record()
-    end.synchronize()
-    started = time.perf_counter()
-    run()
-    launching_ms = 1e3 * (time.perf_counter() - started)
-    return max(FEWEST_CLEARINGS, math.ceil(1.5 * launching_ms * FEWEST_CLEARINGS / begin.elapsed_time(end)))
-
-
 def median_ms(
     run: Callable[[], object], device: torch.device, seconds: float, least: int = FEWEST_RUNS, queued: bool = False
 ) -> dict[str, float]:
@@ -214,7 +201,7 @@ def medians_ms(
     least: int = FEWEST_RUNS,
     queued: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Median and quartiles of every one of ``runs`` in milliseconds, after an unmeasured run or two of each; by the GPU's clock
+    """Median and quartiles of every one of ``runs`` in milliseconds, after an unmeasured run of each; by the GPU's clock
     where there is one.
 
     They run in turns, so that a clock which falls as the GPU warms up is the same for all, for ``seconds`` each on average and
@@ -223,10 +210,9 @@ def medians_ms(
     nothing of the tensors in its cache. Otherwise an idle GPU waits for every launch.
     """
     cleared = torch.empty(QUEUE_BYTES, dtype=torch.int8, device=device) if queued and device.type == "cuda" else None
-    clearings = {}
-    for name, run in runs.items():
+    for run in runs.values():
         run()
-        clearings[name] = 0 if cleared is None else _clearings(run, cleared)
+    clearings = dict.fromkeys(runs, FEWEST_CLEARINGS)
     times: dict[str, list[float]] = {name: [] for name in runs}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -234,25 +220,44 @@ def medians_ms(
     rounds = 0
     while rounds < least or (time.perf_counter() < until and rounds < 200):
         for name, run in runs.items():
-            times[name].append(_time_ms(run, device, cleared, clearings[name]))
+            if cleared is None:
+                elapsed_ms = _time_ms(run, device)
+            else:
+                elapsed_ms, clearings[name] = _queued_ms(run, cleared, clearings[name])
+            times[name].append(elapsed_ms)
         rounds += 1
     return {name: _quartiles(of_run) for name, of_run in times.items()}
 
 
-def _time_ms(run: Callable[[], object], device: torch.device, cleared: torch.Tensor | None, clearings: int) -> float:
+def _time_ms(run: Callable[[], object], device: torch.device) -> float:
     """One run's milliseconds."""
     if device.type != "cuda":
         started = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - started)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(clearings):
-        cleared.zero_()
     begin.record()
     run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def _queued_ms(run: Callable[[], object], cleared: torch.Tensor, clearings: int) -> tuple[float, int]:
+    """One run's milliseconds after so many clearings, or a power of two times as many if the GPU was through with them before
+    all of the run was in its queue; and how many it took."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    while True:
+        for _ in range(clearings):
+            cleared.zero_()
+        begin.record()
+        run()
+        end.record()
+        has_waited = begin.query()
+        end.synchronize()
+        if not has_waited or clearings >= MOST_CLEARINGS:
+            return begin.elapsed_time(end), clearings
+        clearings *= 2
 
 
 def _quartiles(times: list[float]) -> dict[str, float]:
