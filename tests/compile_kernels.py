@@ -5,16 +5,18 @@ python -m tests.compile_kernels 90
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon import language as gl
@@ -41,7 +43,6 @@ from hf_flashprefill.backends.triton import (
 from hf_flashprefill.backends.triton.pool import TILE
 
 HEADS, KEY_HEADS, TOKENS, BLOCK = 8, 2, 512, 128
-ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 120: "sm_120a"}
 
 
 class OfflineDriver:
@@ -352,21 +353,44 @@ def scattered_reductions(ttgir: str) -> int:
     return scattered
 
 
-def verdict(kernel: Any, capability: int) -> dict[str, Any]:
+def every_kernel(capability: int) -> Iterator[tuple[int, str, Any]]:
+    """(head_dim, name, compiled kernel)."""
+    for head_dim in (64, 128):
+        for named in compiled(capability, head_dim):
+            yield head_dim, *named
+    if capability == 90:
+        for named in compiled_attend_hopper(256):
+            yield 256, *named
+
+
+def with_answers(kernels: Iterator[tuple[int, str, Any]]) -> Iterator[tuple[int, str, Any, str]]:
+    """(head_dim, name, compiled kernel, what ptxas said of it): it takes half of the time, too much to be asked again."""
+    knobs.nvidia.dump_ptxas_log = True
+    # A kernel that was compiled before would come without its log.
+    knobs.compilation.always_compile = True
+    # Some kernels are the same at every head_dim, and not compiled twice in a process all the same.
+    answers: dict[str, str] = {}
+    while True:
+        answer = io.StringIO()
+        with contextlib.redirect_stdout(answer):
+            found = next(kernels, None)
+        if found is None:
+            return
+        head_dim, name, kernel = found
+        said = answers[kernel.hash] = answer.getvalue() or answers[kernel.hash]
+        yield head_dim, name, kernel, said
+
+
+def verdict(kernel: Any, capability: int, said: str) -> dict[str, Any]:
     """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, pairs of numbers that
     loops pack anew, bytes over which barriers are spread, releases after loads without a fence, how many releases and fences
     there are, ptxas's warnings about serialised matrix products (C75xx), strides of 32 bits, 16-byte loads and stores, and
-    reductions over scattered threads."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.asm["ptx"])
-        command = [get_ptxas(capability).path, "-v", "--gpu-name", ARCHITECTURES[capability], str(source)]
-        answer = subprocess.run([*command, "-o", str(source) + ".cubin"], capture_output=True, text=True)
-        said = answer.stdout + answer.stderr
-        if answer.returncode:
-            raise RuntimeError(f"ptxas failed: {said}")
+    reductions over scattered threads. ``said`` is ptxas's answer."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
         disassemble = [get_ptxas(capability).path.replace("ptxas-blackwell", "ptxas").removesuffix("ptxas") + "nvdisasm", "-c"]
-        listing = subprocess.run([*disassemble, str(source) + ".cubin"], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run([*disassemble, file.name], capture_output=True, text=True, check=True).stdout
     return {
         "spilled_in_loops": _spills_in_loops(listing),
         "late_exponentials": _late_exponentials(listing),
@@ -390,9 +414,5 @@ def verdict(kernel: Any, capability: int) -> dict[str, Any]:
 if __name__ == "__main__":
     target = int(sys.argv[1])
     driver.set_active(OfflineDriver(target))
-    found = [(dim, compiled(target, dim)) for dim in (64, 128)]
-    if target == 90:
-        found.append((256, compiled_attend_hopper(256)))
-    for dim, kernels in found:
-        for name, kernel in kernels:
-            print(json.dumps({"kernel": name, "head_dim": dim, **verdict(kernel, target)}), flush=True)
+    for head_dim, name, kernel, said in with_answers(every_kernel(target)):
+        print(json.dumps({"kernel": name, "head_dim": head_dim, **verdict(kernel, target, said)}), flush=True)
