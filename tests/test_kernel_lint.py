@@ -8,18 +8,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from tests.compile_kernels import scattered_reductions, unfenced_loads
 
 ROOT = Path(__file__).parent.parent
 
 
+# Bytes that kernels lay aside outside their loops, at most, by triton's version. The figures in the README are of 3.6, with
+# which none does. 3.9 asks ptxas for another allocation of registers than ptxas makes unasked.
+LAID_ASIDE = {
+    (3, 8): {("attend_hopper", 256): 4},
+    (3, 9): {("attend_hopper", 256): 108, ("attend_hopper", 64): 8, ("probe", 64): 4, ("pools and blocks", 128): 32},
+}
+
+
 def _bytes_laid_aside(kernel: str, head_dim: int) -> int:
-    """Bytes that a kernel may spill outside its loops, in which it may not but for what is said there."""
-    if kernel.startswith("attend_hopper") and head_dim == 256:
-        # Nothing with triton 3.6 and 3.7; with 3.8 and 3.9 one number that both passes need, which is no part of their loops.
-        return 4
-    return 0
+    """What a kernel may spill outside its loops; in them nothing may be."""
+    version = min(tuple(map(int, triton.__version__.split(".")[:2])), max(LAID_ASIDE))
+    family = "attend_hopper" if kernel.startswith("attend_hopper") else kernel
+    return LAID_ASIDE.get(version, {}).get((family, head_dim), 0)
 
 
 def _fences(kernel: str, head_dim: int) -> int:

@@ -77,7 +77,7 @@ def _causal(logits, own_row, first_key, layout: gl.constexpr, HEAD_DIM: gl.const
     row = own_row - first_key + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
     if HEAD_DIM != 128:
         # At 256 what is compared once per program was spilled, as were columns that are worked out here. At 128 this takes 1.02
-        # to 1.06 of the time without means (attend-stores-2026-11-30-h200.txt).
+        # to 1.06 of the time at published densities without means (attend-stores-2026-11-30-h200.txt).
         row = not_before(row)
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, layout))
     return gl.where(row[:, None] >= column[None, :], logits, float("-inf"))
