@@ -222,8 +222,9 @@ def test_the_time_of_a_queued_run_is_the_gpus_own():
     runs = []
 
     def launched_slowly():
-        runs.append(time.sleep(0.01 if len(runs) > 2 else 0))
-        tensor.add_(1)
+        if len(runs) > 2:
+            time.sleep(0.01)
+        runs.append(tensor.add_(1))
 
     assert median_ms(launched_slowly, device, seconds=0.2)["median_ms"] > 9
     runs.clear()
