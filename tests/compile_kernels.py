@@ -171,7 +171,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
                 key if has_all else None, TOKENS, 4,
                 *key.stride()[:3], *key.stride()[:3], HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK=BLOCK, POOL=run, TILE=TILE,
                 HAS_RANGES=False, HAS_POOLS=has_all, HAS_BLOCKS=True, HAS_VALUES=has_all,
-                num_warps=tuning.pool_warps(BLOCK // run, head_dim, has_all), enable_fp_fusion=True, grid=(1,),
+                num_warps=tuning.pool_warps(generation, BLOCK // run, head_dim, has_all), enable_fp_fusion=True, grid=(1,),
             ),
         )  # fmt: skip
 

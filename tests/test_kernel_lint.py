@@ -22,8 +22,6 @@ LAID_ASIDE = {
     (3, 9): {
         (90, "attend_hopper", 256): 108,
         (90, "attend_hopper", 64): 8,
-        (120, "probe", 64): 4,
-        (120, "pools and blocks", 128): 32,
     },
 }
 

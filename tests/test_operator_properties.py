@@ -153,7 +153,7 @@ def test_soak(backend, device, soak_cases, capsys):
 
     @seed(number)
     @settings(max_examples=cases, **QUIET)
-    @given(random_calls(backend, device, 160 if backend == "torch" else 80, variant))
+    @given(random_calls(backend, device, 160 if backend == "torch" else 80, variant, number))
     def holds(call):
         nonlocal done
         check(call, backend, device)

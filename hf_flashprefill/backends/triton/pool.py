@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...config import CENTRE_LEVELS, KEY_LEVELS, SMALLEST_STEP
 from ...geometry import PrefillGeometry
-from .primitives import ROUNDING, launch_context, magnitudes, row_span
+from .primitives import ROUNDING, compute_capability, launch_context, magnitudes, row_span
 from .tuning import pool_warps
 
 # Pooled keys per tile: the columns of one product of the probe.
@@ -250,6 +250,6 @@ def _pool(
             HAS_POOLS=pooled is not None,
             HAS_BLOCKS=key_blocks is not None,
             HAS_VALUES=value is not None,
-            num_warps=pool_warps(geometry.block_size // run, block_d, pooled is not None),
+            num_warps=pool_warps(compute_capability(key), geometry.block_size // run, block_d, pooled is not None),
             enable_fp_fusion=True,
         )

@@ -34,11 +34,12 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
     return AttendTiles(block_size, 32 if block_d == 128 else 64, num_warps=8 if block_size == 128 else 4, num_stages=2)
 
 
-def pool_warps(sums: int, block_d: int, has_pools: bool) -> int:
+def pool_warps(capability: tuple[int, int], sums: int, block_d: int, has_pools: bool) -> int:
     """Warps of a program that adds keys or values up into ``sums`` means of ``block_d`` channels, for pools or blocks alone."""
     # H200, 8 heads, head_dim 128, bfloat16, one and two warps: pools of 4 tokens 150 and 155 us at 128K tokens, 286 and 299 at
-    # 256K (probe-groups-2026-11-29-h200.txt). Blocks alone take as long with either, but one warp spills with triton 3.8.
-    numbers_a_thread = 128 if has_pools else 64
+    # 256K (probe-groups-2026-11-29-h200.txt). Elsewhere one spills them with triton 3.9 (compute capability 12.0). Blocks alone
+    # take as long with either, but one warp spills with triton 3.8.
+    numbers_a_thread = 128 if has_pools and capability[0] == 9 else 64
     return min(max(sums * block_d // (32 * numbers_a_thread), 1), 8)
 
 
@@ -133,7 +134,8 @@ def probe_tiles(capability: tuple[int, int], block_d: int) -> ProbeTiles:
         # stages) and 4.65 (two), four warps 3.24; 64 rows and four warps 3.61.
         num_warps = 8 if block_d > 128 else 4
         return ProbeTiles(128, parts=1, resident=2, num_warps=num_warps, num_stages=2, copy_engine=True)
-    return ProbeTiles(64, parts=1, resident=2, num_warps=8, num_stages=1 if block_d > 128 else 2)
+    # At head_dim 64 two stages spill with triton 3.9 on compute capability 12.0, a third one has room.
+    return ProbeTiles(64, parts=1, resident=2, num_warps=8, num_stages=1 if block_d > 128 else 2 if block_d > 64 else 3)
 
 
 # For so many programs to a part of the queries the probe's normalisers have room.
