@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .arithmetic import exact_arithmetic
 from .attention_mass import exact_shares, kept_shares, spread_positions
 from .block_index import BlockIndex
 from .config import FlashPrefillConfig
@@ -31,17 +32,17 @@ class RowAudit:
         self._inputs, self._rows, self._options = (query, key), rows, {"scale": scale, "sinks": sinks}
         self._positions = self._shares = self._kept = self._valid = None
 
-    @torch.no_grad()
     def add_index(self, index: BlockIndex) -> None:
         """Take the lists of some or all query blocks; together they must cover each once."""
-        if self._shares is None:
-            geometry, device = index.geometry, index.counts.device
-            self._positions = spread_positions(geometry, self._rows, device)
-            self._shares = exact_shares(*self._inputs, geometry, self._positions, **self._options)
-            span = geometry.spans(device)
-            self._valid = span.query_end > span.query_begin
-            self._kept = torch.zeros_like(self._shares[..., 0])
-        self._kept += kept_shares(self._shares, self._positions, index)
+        geometry, device = index.geometry, index.counts.device
+        with exact_arithmetic(device):
+            if self._shares is None:
+                self._positions = spread_positions(geometry, self._rows, device)
+                self._shares = exact_shares(*self._inputs, geometry, self._positions, **self._options)
+                span = geometry.spans(device)
+                self._valid = span.query_end > span.query_begin
+                self._kept = torch.zeros_like(self._shares[..., 0])
+            self._kept += kept_shares(self._shares, self._positions, index)
 
     @torch.no_grad()
     def dropped(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .arithmetic import exact_arithmetic
 from .attention import dense_attention, dense_reason
 from .attention_mass import exact_shares, kept_shares, spread_positions
 from .config import FlashPrefillConfig
@@ -223,14 +224,15 @@ class _Measurement:
         heads, query_len, kv_len = query.shape[1], query.shape[2], key.shape[2]
         geometry = PrefillGeometry(1, query_len, kv_len, kv_len - query_len, config.block_size)
         positions = spread_positions(geometry, self.rows, query.device)
-        shares = exact_shares(query, key, geometry, positions, scale=scale, sinks=sinks)
-        # What a sink takes is not lost: dense attention gives it the same.
-        mass = (1 - shares.sum(-1)).expand(len(self.alphas), -1, -1, -1).clone()
-        kept = torch.zeros(len(self.alphas), dtype=torch.int64, device=query.device)
-        for i, alpha in enumerate(self.alphas):
-            for index in select_in_rounds(query, key, geometry, replace(config, alpha=alpha), scale):
-                mass[i] += kept_shares(shares, positions, index)
-                kept[i] += index.counts.sum()
+        with exact_arithmetic(query.device):
+            shares = exact_shares(query, key, geometry, positions, scale=scale, sinks=sinks)
+            # What a sink takes is not lost: dense attention gives it the same.
+            mass = (1 - shares.sum(-1)).expand(len(self.alphas), -1, -1, -1).clone()
+            kept = torch.zeros(len(self.alphas), dtype=torch.int64, device=query.device)
+            for i, alpha in enumerate(self.alphas):
+                for index in select_in_rounds(query, key, geometry, replace(config, alpha=alpha), scale):
+                    mass[i] += kept_shares(shares, positions, index)
+                    kept[i] += index.counts.sum()
         visible = int(geometry.visible_counts(torch.device("cpu")).sum())
         return mass.mean((1, 3)), kept, visible * heads
 

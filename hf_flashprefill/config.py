@@ -119,18 +119,17 @@ class FlashPrefillConfig:
             object.__setattr__(self, name, _share(name, getattr(self, name)))
         _require_choice("selector", self.selector, SELECTORS)
         _require_choice("backend", self.backend, BACKENDS)
+        # Kept as Python's own integers, which alone Triton and JSON know.
         for name, choices in CHOICES.items():
-            _require_choice(name, getattr(self, name), choices)
-        for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0)):
+            object.__setattr__(self, name, _integer_choice(name, getattr(self, name), choices))
+        for name, least in (("sink_blocks", 0), ("window_blocks", 1), ("dense_tail_blocks", 0), ("audit_rows", 0)):
             if name not in OF_FINER_PROBES or getattr(self, name) is not None:
-                _require_integer(name, getattr(self, name), least)
-        _require_auto_or_integer("min_seq_len", self.min_seq_len, 0)
+                object.__setattr__(self, name, _integer(name, getattr(self, name), least))
+        object.__setattr__(self, "min_seq_len", _auto_or_integer("min_seq_len", self.min_seq_len, 0))
         if self.correction is not None and not isinstance(self.correction, bool):
             raise TypeError(f"correction must be True, False or None, got {self.correction!r}")
-        _require_integer("audit_rows", self.audit_rows, 0)
-        object.__setattr__(self, "dense_layers", _sequence("dense_layers", self.dense_layers, "layer numbers"))
-        for layer in self.dense_layers:
-            _require_integer("dense_layers", layer, 0)
+        layers = _sequence("dense_layers", self.dense_layers, "layer numbers")
+        object.__setattr__(self, "dense_layers", tuple(_integer("dense_layers", layer, 0) for layer in layers))
         if self.layer_alphas is not None:
             alphas = _sequence("layer_alphas", self.layer_alphas, "numbers from 0 to 1")
             object.__setattr__(self, "layer_alphas", tuple(_share("layer_alphas", alpha) for alpha in alphas))
@@ -191,16 +190,25 @@ def _require_choice(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def _require_auto_or_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, str):
-        if value != AUTO:
-            raise ValueError(f'{name} must be "{AUTO}" or a whole number >= {least}, got {value!r}')
-    else:
-        _require_integer(name, value, least)
+def _integer_choice(name: str, value: Any, choices: tuple[int, ...]) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be one of {choices}, got {value!r}")
+    _require_choice(name, value, choices)
+    return int(value)
 
 
-def _require_integer(name: str, value: Any, least: int) -> None:
+def _auto_or_integer(name: str, value: Any, least: int) -> int | str:
+    if isinstance(value, str) and value == AUTO:
+        return AUTO
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f'{name} must be "{AUTO}" or a whole number >= {least}, got {value!r}')
+    return _integer(name, value, least)
+
+
+def _integer(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must hold whole numbers >= {least}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value!r}")
+    return int(value)

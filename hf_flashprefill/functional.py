@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import reference
+from .arithmetic import exact_arithmetic
 from .block_index import BlockIndex
 from .config import SORTING_SELECTORS, FlashPrefillConfig
 from .geometry import PrefillGeometry
@@ -97,7 +98,7 @@ def flash_prefill_attention(
     options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
     parts: list[BlockIndex] = []
     pooled = None
-    with torch.no_grad():
+    with exact_arithmetic(query.device):
         if backend is reference:
             options["mean_blocks"] = config.mean_blocks if config.correction and window is None else None
         else:
@@ -287,7 +288,8 @@ def _checked_geometry(
             raise TypeError("valid_ranges must be an int32 or int64 tensor [batch, 2]")
         if valid_ranges.shape != (batch, 2):
             raise ValueError(f"valid_ranges must have shape ({batch}, 2), got {_shape(valid_ranges)}")
-        valid_ranges = valid_ranges.to(device=query.device, dtype=torch.int32)
+        # The kernels read it as numbers side by side.
+        valid_ranges = valid_ranges.to(device=query.device, dtype=torch.int32).contiguous()
     return PrefillGeometry(batch, query_len, kv_len, query_offset, block_size, valid_ranges)
 
 
@@ -307,7 +309,7 @@ def _checked_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         raise TypeError("sinks must be a floating-point tensor [heads]")
     if sinks.shape != query.shape[1:2] or sinks.device != query.device:
         raise ValueError(f"sinks must have shape ({query.shape[1]},) on {query.device}, got {_shape(sinks)} on {sinks.device}")
-    return sinks.to(torch.float32)
+    return sinks.to(torch.float32).contiguous()
 
 
 def _pools_made_for(key: torch.Tensor, config: FlashPrefillConfig, backend: ModuleType) -> dict[str, Any]:

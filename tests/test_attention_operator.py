@@ -1,9 +1,12 @@
 """flash_prefill_attention: every backend against float64, over shapes, paddings, offsets, strides and dtypes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, functional, reference
+from hf_flashprefill.config import SELECTORS
 from tests.inputs import UGLY_CASES, Case, exact_dense
 from tests.tolerance import assert_no_worse_than_eager, assert_same_output
 
@@ -37,6 +40,36 @@ def test_attention_over_the_same_index(backend, case, device):
     )
     exact = reference.attend_blocks(query, key, value, index, scale=0.2, dtype=torch.float64)
     assert_same_output(output, exact.float())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_ranges_and_sinks_have_any_strides(backend, dtype, device):
+    case = Case(3, 2, 1, 100, 200, 64, ranges=((20, 200), (0, 130), (60, 190)))
+    query, key, value, ranges = case.tensors(device)
+    ranges, sinks = ranges.to(dtype), torch.tensor([1.0, -0.5], device=device)
+    expected = exact_dense(query, key, value, case.offset, ranges, case.head_dim**-0.5, sinks=sinks).float()
+    config = FlashPrefillConfig(alpha=0, block_size=64, backend=backend)
+
+    def output(ranges, sinks):
+        return flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, sinks=sinks)
+
+    # Made of all starts and all ends, and a part of a wider table.
+    assert_same_output(output(ranges.t().contiguous().t(), sinks), expected)
+    assert_same_output(output(torch.cat([ranges, ranges], 1)[:, :2], sinks[:, None].expand(2, 3)[:, 1]), expected)
+    assert_same_output(output(ranges, torch.stack([sinks, 9 * sinks], 1)[:, 0]), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_autocast_changes_nothing(backend, selector, device):
+    """It would round what the operator multiplies in float32."""
+    query, key, value, _ = Case(1, 2, 1, 300, 300, 64).tensors(device)
+    config = FlashPrefillConfig(0.1, selector, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0)
+    config = replace(config, backend=backend)
+    expected = flash_prefill_attention(query, key, value, config=config)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(flash_prefill_attention(query, key, value, config=config), expected)
 
 
 @pytest.mark.parametrize(

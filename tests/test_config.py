@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hf_flashprefill import FlashPrefillConfig
@@ -70,13 +71,15 @@ def test_bad_json_files_are_named(content, message, tmp_path):
         ("backend", "cuda", ValueError),
         ("block_size", 0, ValueError),
         ("block_size", 100, ValueError),
+        ("block_size", 128.0, TypeError),
+        ("pool_size", "4", TypeError),
         ("sink_blocks", -1, ValueError),
         ("window_blocks", 0, ValueError),
         ("dense_tail_blocks", -2, ValueError),
         ("dense_tail_blocks", None, TypeError),
         ("correction", 1, TypeError),
         ("mean_blocks", 3, ValueError),
-        ("mean_blocks", None, ValueError),
+        ("mean_blocks", None, TypeError),
         ("min_seq_len", 1.5, TypeError),
         ("min_seq_len", True, TypeError),
         ("min_seq_len", None, TypeError),
@@ -105,6 +108,16 @@ def test_a_bad_min_seq_len_names_its_range():
     with pytest.raises(ValueError, match="min_seq_len must be >= 0, got -1"):
         FlashPrefillConfig(min_seq_len=-1)
     assert FlashPrefillConfig(min_seq_len="auto") == FlashPrefillConfig()
+
+
+def test_whole_numbers_of_any_kind_are_kept_as_plain_ones(tmp_path):
+    """Triton and JSON know Python's own only."""
+    numbers = np.arange(130)
+    given = {"block_size": numbers[128], "min_seq_len": numbers[32], "dense_layers": numbers[1:2], "audit_rows": numbers[8]}
+    config = FlashPrefillConfig(alpha=np.float32(0.5), sink_blocks=numbers[2], **given)
+    assert config == FlashPrefillConfig(0.5, block_size=128, min_seq_len=32, dense_layers=(1,), audit_rows=8, sink_blocks=2)
+    config.to_json(tmp_path / "config.json")
+    assert FlashPrefillConfig.from_json(tmp_path / "config.json") == config
 
 
 def test_is_frozen():

@@ -324,6 +324,17 @@ def _logits_above_the_own_block(query, key, index, scale):
     return logits.amax(1) - own
 
 
+@pytest.mark.parametrize("shared", ["heads", "batch"])
+def test_keys_that_several_heads_or_rows_share_in_memory(shared):
+    """A stride of 0, which the copy engine must take."""
+    query, key, value, _ = Case(2, 4, 2, 700, 700, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
+    first = (slice(None), slice(1)) if shared == "heads" else (slice(1),)
+    key, value = (tensor[first].expand(2, 2, 700, 128) for tensor in (key, value))
+    config = FlashPrefillConfig(alpha=0.1, backend="triton")
+    found = flash_prefill_attention(query, key, value, config=config)
+    assert torch.equal(found, flash_prefill_attention(query, key.contiguous(), value.contiguous(), config=config))
+
+
 def test_processes_that_share_the_gpu_leave_results_alone():
     """A GPU puts a program's memory aside when another process has its turn. In one call of five, the float16 kernel's came
     back with the state of an unused barrier among results. And where turns are short, a later turn's queries came before the

@@ -93,14 +93,25 @@ def test_every_launch_says_whether_products_and_sums_are_fused():
     assert all("enable_fp_fusion" in names or None in names for _, names in launches)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 120])
-def test_kernels_compile_clean(capability):
-    # A process of its own: here, kernels may belong to the interpreter.
+def _lines_of(module: str, *arguments: object) -> list[dict]:
+    """The JSON lines that a module prints, in a process of its own: here, kernels may belong to the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_kernels", str(capability)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert answer.returncode == 0, answer.stderr
-    verdicts = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_smallest_head_dim_compiles():
+    """The interpreter multiplies tiles of any size; a compiler wants 16 channels, of 8-bit integers 32."""
+    finer, published = _lines_of("tests.compile_calls", 80, 8)
+    assert {"_probe_kernel", "_list_shares_kernel", "_attend_kernel"} <= set(finer["compiled"])
+    assert {"_energies_kernel", "_list_energies_kernel", "_attend_kernel"} <= set(published["compiled"])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_kernels_compile_clean(capability):
+    verdicts = _lines_of("tests.compile_kernels", capability)
     expected = {
         "attend",
         "attend window sinks",

@@ -25,7 +25,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...block_index import BlockIndex
 from .means import RunMeans, first_weight, weigh_means
-from .primitives import LARGEST_TOTAL, compute_capability, copy_engine_takes, launch_context, not_before, row_span
+from .primitives import (
+    LARGEST_TOTAL,
+    compute_capability,
+    copy_engine_takes,
+    launch_context,
+    not_before,
+    padded_head_dim,
+    row_span,
+)
 from .tuning import AttendTiles, attend_tiles
 
 
@@ -332,7 +340,7 @@ def attend_blocks(
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     geometry = index.geometry
     batch, heads, query_len, head_dim = query.shape
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_head_dim(head_dim)
     tiles = attend_tiles(compute_capability(query), block_d, query.dtype, geometry.block_size)
     described = _descriptors(key, value, block_d, tiles)
     mean_blocks, mean_rows = (1, 0) if means is None else means.key.shape[2:4]

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...geometry import PrefillGeometry
-from .primitives import compute_capability, launch_context, row_span
+from .primitives import compute_capability, launch_context, padded_head_dim, row_span
 from .tuning import energy_tiles
 
 
@@ -138,7 +138,7 @@ def _energies_kernel(
 def find_energies(call: EnergyCall) -> None:
     """Write ``call.energies`` with the portable kernel."""
     batch, heads, _, head_dim = call.query.shape
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_head_dim(head_dim)
     tiles = energy_tiles(compute_capability(call.query), block_d, call.query.dtype)
     described = None
     if tiles.copy_engine and head_dim == block_d:

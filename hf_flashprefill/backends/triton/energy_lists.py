@@ -14,7 +14,7 @@ import triton.language as tl
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from . import energies
-from .primitives import append_kept, is_hopper, launch_context, row_span
+from .primitives import append_kept, is_hopper, launch_context, padded_head_dim, row_span
 
 try:
     from . import energies_hopper
@@ -153,7 +153,7 @@ def select_energies(
             *query.stride()[:3],
             GROUP=heads // means.shape[1],
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=padded_head_dim(head_dim),
             BLOCK=geometry.block_size,
             BLOCK_LIST=BLOCK_LIST,
             HAS_RANGES=geometry.valid_ranges is not None,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import launch_context
+from .primitives import launch_context, padded_head_dim
 
 # Numbers per program and tensor: with four warps, eight pieces of 16 bytes per thread are on their way at once.
 TILE = 8192
@@ -65,7 +65,7 @@ def gather_pages(
     """
     page, heads, head_dim = key_pages.shape[1:]
     output = torch.empty(2, 1, heads, seq_len, head_dim, dtype=key_pages.dtype, device=key_pages.device)
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_head_dim(head_dim)
     tokens = TILE // block_d
     with launch_context(key_pages):
         _gather_pages_kernel[triton.cdiv(seq_len, tokens), heads](

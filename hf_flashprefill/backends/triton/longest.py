@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...geometry import PrefillGeometry
-from .primitives import launch_context, row_span
+from .primitives import launch_context, padded_head_dim, row_span
 
 # Tokens per program.
 TOKENS = 64
@@ -66,7 +66,7 @@ def longest_queries(
     # 32K tokens (H200, 32 query and 8 key-value heads, head_dim 128, bfloat16). By whole blocks, with four warps, it takes 88
     # us there and 298 at 128K; by 64 tokens, with eight, 72 and 251.
     batch, heads, query_len, head_dim = query.shape
-    shape, block_d = (batch, heads, query_blocks, geometry.block_size // query_stride), triton.next_power_of_2(head_dim)
+    shape, block_d = (batch, heads, query_blocks, geometry.block_size // query_stride), padded_head_dim(head_dim)
     positions = torch.empty(shape, dtype=torch.int32, device=query.device)
     with launch_context(query):
         _longest_queries_kernel[query_blocks * (geometry.block_size // TOKENS), heads, batch](

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ...block_index import BlockIndex
-from .primitives import launch_context
+from .primitives import launch_context, padded_head_dim
 
 # Means whose weights one program finds at once. The weights of a list end at a multiple of it.
 WIDTH = tl.constexpr(128)
@@ -68,7 +68,7 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
     batch, heads, blocks, head_dim = key_means.shape
     rows = triton.cdiv(blocks, mean_blocks)
     output = key_means.new_empty(2, batch, heads, mean_blocks, rows, head_dim)
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_head_dim(head_dim)
     runs = TILE // block_d
     with launch_context(key_means):
         _run_means_kernel[triton.cdiv(rows * mean_blocks, runs), batch * heads, 2](

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ...config import CENTRE_LEVELS, KEY_LEVELS, SMALLEST_STEP
 from ...geometry import PrefillGeometry
-from .primitives import ROUNDING, compute_capability, launch_context, magnitudes, row_span
+from .primitives import ROUNDING, compute_capability, launch_context, magnitudes, padded_head_dim, row_span
 from .tuning import pool_warps
 
 # Pooled keys per tile: the columns of one product of the probe.
@@ -228,7 +228,7 @@ def _pool(
     key = key if key.stride(-1) == 1 else key.contiguous()
     value = value if value is None or value.stride(-1) == 1 else value.contiguous()
     batch, heads, kv_len, head_dim = key.shape
-    block_d, run = triton.next_power_of_2(head_dim), RUN if pooled is None else pool_size
+    block_d, run = padded_head_dim(head_dim), RUN if pooled is None else pool_size
     with launch_context(key):
         _pool_kernel[geometry.key_blocks, heads, batch * (1 if value is None else 2)](
             key,

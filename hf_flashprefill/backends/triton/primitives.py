@@ -82,6 +82,11 @@ def append_kept(scores, blocks, threshold, own, sink_blocks, window_blocks, keep
     return count + tl.sum(kept, 1)
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """Channels of the tiles of ``head_dim``: a power of two, and as many as a product of 8-bit integers has at least."""
+    return max(triton.next_power_of_2(head_dim), 32)
+
+
 def launch_context(tensor: torch.Tensor):
     """Makes the tensor's GPU current: Triton launches on the current one, wherever the pointers are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...config import NORMALISER_GROUP
 from ...geometry import PrefillGeometry
 from .pool import TILE, PooledKeys, centre_tiles
-from .primitives import compute_capability, integer_queries, launch_context, row_span
+from .primitives import compute_capability, integer_queries, launch_context, padded_head_dim, row_span
 from .tuning import Part, ProbeTiles, probe_tiles
 
 _NORMALISER_GROUP = tl.constexpr(NORMALISER_GROUP)
@@ -337,13 +337,13 @@ def _probe_kernel(
 
 def tiles_for(query: torch.Tensor) -> ProbeTiles:
     """Tiles of ``probe_parts``."""
-    return probe_tiles(compute_capability(query), triton.next_power_of_2(query.shape[-1]))
+    return probe_tiles(compute_capability(query), padded_head_dim(query.shape[-1]))
 
 
 def probe_parts(call: ProbeCall, first_part: int, count: int, splits: int) -> None:
     """Probe with ``count`` parts of the call's query blocks from ``first_part`` on, each by ``splits`` programs."""
     (tiles, centres, steps), head_dim = call.pooled, call.query.shape[3]
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = padded_head_dim(head_dim)
     described = None
     if call.tiles.copy_engine and head_dim == block_d and head_dim >= 16:
         described = TensorDescriptor.from_tensor(tiles.view(-1, head_dim), [TILE, head_dim])

@@ -234,7 +234,7 @@ def _probe(
         target_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, block_layout)))
         fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, block_layout)))
         slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, block_layout)))
-        targets = peaks_ptr + part * part_size + begin * (_ROWS * TILE_BLOCKS)
+        targets = peaks_ptr + part.to(gl.int64) * part_size + begin * (_ROWS * TILE_BLOCKS)
         targets += target_row[:, None, None] * TILE_BLOCKS + fours[None, :, None] * 4 + slot[None, None, :]
         step_fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(1, gl.SliceLayout(0, block_layout)))
         step_slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, block_layout)))

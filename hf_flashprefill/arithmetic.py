@@ -1,0 +1,16 @@
+"""How torch is to compute for us, whatever the caller has it do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """For a ``with`` block, no gradients and no autocast, which would round what is meant to be multiplied in float32."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
+        yield
