@@ -3,10 +3,10 @@
 from .block_index import BlockIndex
 from .calibration import Calibration, LayerCalibration, calibrate
 from .config import FlashPrefillConfig
+from .fitting import UnsupportedModelError
 from .functional import PrefillOutput, flash_prefill_attention
 from .kept_pools import KeptPools
 from .patch import (
-    UnsupportedModelError,
     is_patched,
     patch_model,
     patched,

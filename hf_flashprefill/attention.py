@@ -7,7 +7,6 @@ to ``functional.flash_prefill_attention``; the result goes back as [B, Sq, Hq, D
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,9 +20,10 @@ from .block_index import BlockIndex
 from .config import FlashPrefillConfig
 from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
+from .fitting import UnsupportedModelError, eager_attention_of, layer_number, misfit_of_layer
 from .functional import DTYPES, flash_prefill_attention
 from .masking import CausalMask, base_mask_for
-from .stats import record_compiled_sparse, record_dense, record_sparse
+from .stats import has_record, record_compiled_sparse, record_dense, record_sparse
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +72,7 @@ class PrefillSettings:
         """
         if self.config.layer_alphas is None:
             return self.layers[0]
-        layer = getattr(module, "layer_idx", None)
+        layer = layer_number(module)
         if layer is None or layer >= len(self.layers):
             raise ValueError(f"layer_alphas must hold an alpha for every layer, got {len(self.layers)} for layer {layer}")
         return self.layers[layer]
@@ -90,7 +90,15 @@ def prefill_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer: query [B, Hq, Sq, D], key and value [B, Hkv, Skv, D] -> [B, Sq, Hq, D] and the weights, if
-    the dense implementation gave any."""
+    the dense implementation gave any.
+
+    Raises:
+        UnsupportedModelError: The layer does not fit; of a model that was loaded by the name of ``register_attention``.
+    """
+    if not has_record(module) and not torch.compiler.is_compiling():
+        misfit = misfit_of_layer(module, settings.base)
+        if misfit is not None:
+            raise UnsupportedModelError(misfit)
     reason = dense_reason(settings.config, module, query, key, value, attention_mask, dropout, kwargs)
     if isinstance(attention_mask, CausalMask):
         # A static cache hands over its whole buffer; the mask knows how much of it is filled.
@@ -184,7 +192,8 @@ def dense_reason(
         return "gradients needed"
     if dropout:
         return "dropout"
-    if kwargs.get("output_attentions"):
+    asks_for_weights = kwargs.get("output_attentions")
+    if getattr(module.config, "output_attentions", False) if asks_for_weights is None else asks_for_weights:
         return "output_attentions"
     if not isinstance(attention_mask, CausalMask):
         return COMPILED_MASK if torch.compiler.is_compiling() else "mask is not plain causal"
@@ -209,12 +218,16 @@ def dense_attention(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The implementation the model had before it was patched, with the mask it would have got."""
+    """The implementation the model had before it was patched, with the mask it would have got.
+
+    Of a static cache's keys those that ``attention_mask`` knows must have been cut out already.
+    """
     if isinstance(attention_mask, CausalMask):
         attention_mask = base_mask_for(base, attention_mask, query, module.config)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = kwargs["position_bias"][..., : key.shape[2]]
     if base == "eager":
-        # "eager" is no registered name: each modelling file brings its own.
-        function = sys.modules[type(module).__module__].eager_attention_forward
+        function = eager_attention_of(type(module))
     else:
         function = ALL_ATTENTION_FUNCTIONS[base]
         if "flash" in base or "/" in base:

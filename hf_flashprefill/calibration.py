@@ -22,10 +22,11 @@ from .arithmetic import exact_arithmetic
 from .attention import dense_attention, dense_reason
 from .attention_mass import exact_shares, kept_shares, spread_positions
 from .config import FlashPrefillConfig
+from .fitting import UnsupportedModelError, layer_number
 from .functional import select_in_rounds
 from .geometry import PrefillGeometry
 from .masking import CausalMask
-from .patch import UnsupportedModelError, attention_replaced
+from .patch import attention_replaced
 from .stats import PrefillStats, prefill_stats
 
 # From keeping all to keeping little by any selector, each 1.76 times the one before.
@@ -209,7 +210,10 @@ class _Measurement:
                 reason = "sliding window"
         if reason is None:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            sums = self.layers.setdefault(module.layer_idx, _LayerSums(self.alphas))
+            number = layer_number(module)
+            if number is None:
+                raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is, so it can get no alpha")
+            sums = self.layers.setdefault(number, _LayerSums(self.alphas))
             sums.add(*self.measure(settings.config, query, key, scale, kwargs.get("s_aux")))
         else:
             self.dense.add(reason)

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
 
 from .config import FlashPrefillConfig
 from .crossover import is_long_enough, min_seq_len_of_model
+from .fitting import cuts_masks
 
 
 class CausalMask(torch.Tensor):
@@ -38,6 +39,16 @@ class CausalMask(torch.Tensor):
     """
 
     sliding_window: int | None = None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """As ``Tensor``'s, but the last queries of a mask that is taken for a 4-D one, ``mask[:, :, -n:, :]``, end where all
+        end, so that it stays what it is. A graph does not follow a ``__getitem__`` of ours."""
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
+            batch, head, query, key = args[1]
+            if batch == head == key == slice(None) and isinstance(query, slice) and query == slice(query.start, None):
+                return args[0]
+        return super().__torch_function__(function, types, args, kwargs or {})
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Tensor.to``; a copy of an expanded tensor is filled in, so what says that nothing is padding is put back."""
@@ -76,7 +87,12 @@ def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> A
     mask = None
     if _is_long_enough(settings, arguments):
         mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _causal_mask(arguments)
-    return base_mask(base, **arguments) if mask is None else mask
+    if mask is not None:
+        return mask
+    if cuts_masks(arguments.get("config")) and _query_span(arguments)[0] > 1:
+        # No mask at all stands for queries that begin where the keys begin. The model knows that of "sdpa" by its name only.
+        arguments["allow_is_causal_skip"] = False
+    return base_mask(base, **arguments)
 
 
 def _is_long_enough(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> bool:

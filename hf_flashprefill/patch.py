@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -23,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .attention import PrefillSettings, prefill_attention
 from .config import FlashPrefillConfig
+from .fitting import UnsupportedModelError, cuts_masks, layer_number, misfit_of_layer, source_of
 from .masking import prefill_mask
 from .stats import LayerRecord, attach_record, detach_record, reset_prefill_stats, restore_records, saved_records
 
@@ -35,10 +34,6 @@ ConfigLike = FlashPrefillConfig | str | os.PathLike
 NAME = "block_sparse_prefill"
 
 _SETTINGS: dict[str, PrefillSettings] = {}
-
-
-class UnsupportedModelError(ValueError):
-    """The model's attention cannot be patched; the message names the class and the reason."""
 
 
 def patch_model(model: ModelT, alpha: float | None = None, *, config: ConfigLike | None = None, **overrides: Any) -> ModelT:
@@ -151,7 +146,8 @@ def register_attention(config: FlashPrefillConfig | None = None, *, base: str = 
     """Register settings as an attention implementation and return its name, ``"block_sparse_prefill"``.
 
     Afterwards ``from_pretrained(..., attn_implementation="block_sparse_prefill")`` loads patched models. Calling it again
-    replaces the settings of that name, also for models that carry it.
+    replaces the settings of that name, also for models that carry it. Layers that do not fit raise UnsupportedModelError
+    when they are first called.
 
     Args:
         config: Settings; ``FlashPrefillConfig()`` if None.
@@ -231,7 +227,7 @@ class _SeamPart:
             for module in self.model.modules()
             if getattr(module, "config", None) is self.config
             and hasattr(module, "layer_idx")
-            and "ALL_ATTENTION_FUNCTIONS" in _source(type(module))
+            and "ALL_ATTENTION_FUNCTIONS" in source_of(type(module))
         ]
 
     def require_supported(self) -> None:
@@ -240,16 +236,20 @@ class _SeamPart:
         if not self.model._can_set_attn_implementation() or not modules:
             raise UnsupportedModelError(f"{name}: its attention does not go through transformers' AttentionInterface")
         for module in modules:
-            if re.search(r"\b(block_)?indices=", _source(type(module))):
-                raise UnsupportedModelError(f"{name}: {type(module).__name__} brings its own sparse index")
-            # A mask of ours is none to calculate with. Choosing the encoder's, which GPT-2 can, is harmless.
-            if re.search(r"\battention_mask(\s=\s(?!encoder_)|\s[&*+-]\s|[.\[])", _source(type(module))):
-                raise UnsupportedModelError(f"{name}: {type(module).__name__} changes the attention mask it is given")
+            reason = misfit_of_layer(module, self.base)
+            if reason is not None:
+                raise UnsupportedModelError(f"{name}: {reason}")
+        if cuts_masks(self.config) and self.base not in ("sdpa", "eager"):
+            raise UnsupportedModelError(f"{name}: it cuts masks, which {self.base} does not allow")
         if getattr(self.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name}: encoder-decoder models have no causal prefill")
 
     def require_layers(self, config: FlashPrefillConfig) -> None:
-        """Raise ValueError unless the settings name layers that the model has."""
+        """Raise ValueError unless the settings name layers that the model has, and its modules say which they are."""
+        name = "dense_layers" if config.dense_layers else "layer_alphas" if config.layer_alphas is not None else None
+        nameless = [module for module in self.attention_modules() if layer_number(module) is None]
+        if name and nameless:
+            raise ValueError(f"{name} must not be set here: {type(nameless[0]).__name__} does not say which layer it is")
         layers = getattr(self.config, "num_hidden_layers", None)
         if layers is None:
             return
@@ -271,7 +271,8 @@ class _SeamPart:
             raise
 
     def _switch(self, name: str) -> None:
-        self.model.set_attn_implementation(name if self.key is None else {self.key: name})
+        # A plain name would go to all sub-configs, too.
+        self.model.set_attn_implementation({self.key or "": name})
 
     def set_implementation(self, name: str) -> None:
         """Set the implementation and attach or detach the layers' records.
@@ -297,11 +298,3 @@ def _revived_record(name: str, config: FlashPrefillConfig, base: str) -> LayerRe
     """Unpickling a layer of a patched model: register in this process what the model's config names."""
     _register(PrefillSettings(config, base), name)
     return LayerRecord((_revived_record, (name, config, base)))
-
-
-@functools.cache
-def _source(cls: type) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""

@@ -102,6 +102,11 @@ def attach_record(module: nn.Module, revive: tuple[Callable[..., LayerRecord], t
     setattr(module, ATTRIBUTE, replace(record, revive=revive))
 
 
+def has_record(module: nn.Module) -> bool:
+    """Whether the layer was patched, or called under a registered name before."""
+    return ATTRIBUTE in module.__dict__
+
+
 def detach_record(module: nn.Module) -> None:
     """Take the record off a layer that is no longer patched; ``prefill_stats`` still finds it."""
     record = module.__dict__.pop(ATTRIBUTE, None)
@@ -138,7 +143,8 @@ def record_dense(module: nn.Module, reason: str, device: torch.device | None = N
         compiled = _record(module).compiled_dense_calls
         if reason not in compiled:
             compiled[reason] = torch.zeros((), dtype=torch.int64, device=device)
-        compiled[reason].add_(calls)
+        # Not in place: begun under ``torch.inference_mode`` it can only be copied elsewhere.
+        compiled[reason] = compiled[reason] + calls
 
 
 def record_sparse(module: nn.Module, calls: int = 1) -> LayerRecord:
@@ -156,7 +162,7 @@ def record_compiled_sparse(module: nn.Module, kept: torch.Tensor, visible: torch
     record = _record(module)
     if record.compiled_sparse_calls is None:
         record.compiled_sparse_calls = torch.zeros((), dtype=torch.int64, device=kept.device)
-    record.compiled_sparse_calls.add_(1)
+    record.compiled_sparse_calls = record.compiled_sparse_calls + 1
     record.add_blocks(kept, visible)
     return record
 
@@ -245,7 +251,11 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
     """What the attention layers of ``model`` have done since it was patched, or since ``reset_prefill_stats``.
 
     Waits for the device. Layers that were never called are left out. Warns, once, if the audit of a layer is above its limit.
+
+    Raises:
+        TypeError: ``model`` is not a torch module.
     """
+    _require_module(model)
     layers = []
     for module in model.modules():
         record = _known_record(module)
@@ -276,7 +286,12 @@ def layer_stats(module: nn.Module, number: int, dense_calls: Counter | None = No
 
 
 def reset_prefill_stats(model: nn.Module) -> None:
-    """Forget what the layers of ``model`` have done."""
+    """Forget what the layers of ``model`` have done.
+
+    Raises:
+        TypeError: ``model`` is not a torch module.
+    """
+    _require_module(model)
     alarm = Alarm()
     for module in model.modules():
         reset_layer(module, alarm)
@@ -288,6 +303,11 @@ def reset_layer(module: nn.Module, alarm: Alarm | None = None) -> None:
     record = module.__dict__.get(ATTRIBUTE)
     if record is not None:
         setattr(module, ATTRIBUTE, LayerRecord(record.revive, alarm=alarm))
+
+
+def _require_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
 
 
 def _known_record(module: nn.Module) -> LayerRecord | None:

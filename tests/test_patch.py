@@ -7,12 +7,14 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 from hf_flashprefill import (
     FlashPrefillConfig,
     UnsupportedModelError,
+    calibrate,
     is_patched,
     patch_model,
     patched,
     patched_config,
     prefill_stats,
     register_attention,
+    reset_prefill_stats,
     unpatch_model,
     unpatched,
 )
@@ -100,6 +102,9 @@ def test_unsupported_models_are_named_and_left_alone():
     assert model.config._attn_implementation == before
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         patch_model(torch.nn.Linear(2, 2))
+    for function in (prefill_stats, reset_prefill_stats):
+        with pytest.raises(TypeError, match="model must be a torch module, got NoneType"):
+            function(None)
 
 
 def test_models_with_their_own_sparse_index_are_refused(monkeypatch):
@@ -149,6 +154,14 @@ def test_from_pretrained_takes_the_registered_name(tmp_path):
 
 
 @torch.no_grad()
+def test_models_loaded_by_name_that_do_not_fit_are_refused_at_the_first_call():
+    model = tiny_model("gpt2", "eager", n_embd=64, n_layer=2, n_head=4, reorder_and_upcast_attn=True)
+    model.set_attn_implementation(register_attention(base="eager"))
+    with pytest.raises(UnsupportedModelError, match="GPT2Attention computes eager attention in a way of its own"):
+        model(ids())
+
+
+@torch.no_grad()
 def test_peft_models_are_patched_inside():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
@@ -186,3 +199,55 @@ def test_only_the_text_part_of_a_multimodal_model_is_patched():
     assert prefill_stats(model).sparse_calls == 2
     unpatch_model(model)
     assert model.config.text_config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_sub_configs_of_a_text_config_keep_their_own_implementation():
+    """Phi-4-multimodal's own config is that of its text part."""
+    transformers = pytest.importorskip("transformers")
+    text = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+    vision |= {"patch_size": 8, "crop_size": 32}
+    audio = {"hidden_size": 32, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2, "input_size": 16}
+    audio |= {"ext_pw_out_channel": 32, "nemo_conv_channels": 32}
+    config = transformers.Phi4MultimodalConfig(**text, vision_config=vision, audio_config=audio)
+    chosen = {"": "sdpa", "vision_config": "eager", "audio_config": "sdpa"}
+    model = transformers.Phi4MultimodalForCausalLM._from_config(config, attn_implementation=chosen).eval()
+
+    def implementations():
+        config = model.config
+        return [part._attn_implementation for part in (config, config.vision_config, config.audio_config)]
+
+    assert implementations() == ["sdpa", "eager", "sdpa"]
+    patch_model(model, alpha=0, min_seq_len=1)
+    assert implementations()[1:] == ["eager", "sdpa"]
+    assert is_patched(model)
+    unpatch_model(model)
+    assert implementations() == ["sdpa", "eager", "sdpa"]
+
+
+def test_eager_attention_of_a_models_own_is_refused():
+    model = tiny_model("gpt2", "eager", n_embd=64, n_layer=2, n_head=4, reorder_and_upcast_attn=True)
+    with pytest.raises(UnsupportedModelError, match="GPT2Attention computes eager attention in a way of its own"):
+        patch_model(model)
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    assert is_patched(patch_model(model))
+
+
+def test_layers_that_do_not_say_which_they_are_get_no_settings_of_their_own():
+    """Zamba2's layers share attention modules."""
+    model, message = tiny_model(), "LlamaAttention does not say which layer it is"
+    for layer in model.model.layers:
+        layer.self_attn.layer_idx = -1
+    for settings in ({"dense_layers": [1]}, {"layer_alphas": [0.1, 0.2]}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must not be set here: {message}"):
+            patch_model(model, **settings)
+    assert not is_patched(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        calibrate(model, [list(range(3, 153)) * 3], config=FlashPrefillConfig(block_size=64, min_seq_len=1), progress=False)
+    assert not is_patched(model)
+    with torch.no_grad():
+        patch_model(model, alpha=0, min_seq_len=1)(ids(), use_cache=False)
+    assert prefill_stats(model).sparse_calls == 2

@@ -155,3 +155,83 @@ def test_deep_copies_keep_settings_and_start_their_own_statistics():
     assert prefill_stats(twin).layers == []
     assert_same_output(twin(prompt()).logits, unpatch_model(model)(prompt()).logits)
     assert prefill_stats(twin).sparse_calls == 2
+
+
+def tiny_or_skip(family, implementation, **overrides):
+    try:
+        return tiny_model(family, implementation, **overrides)
+    except ValueError as error:
+        pytest.skip(f"the installed transformers has no {family}: {error}")
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@torch.no_grad()
+def test_masks_that_a_model_cuts_when_it_knows_sdpa_by_name(base):
+    """Gemma 4 cuts hidden states, and masks, to the queries whose logits are kept. No mask at all, as sdpa gets it, would stand
+    for a prompt that begins there."""
+    model = tiny_or_skip("gemma4", base)
+    text = prompt(length=100).repeat(1, 2)[:, :150]
+
+    def answers():
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(text)}
+        return model(text, logits_to_keep=3).logits, model.generate(text, prompt_lookup_num_tokens=3, **options)
+
+    expected = answers()
+    for settings in ({}, {"alpha": 0, **SETTINGS}):
+        with patched(model, **settings):
+            logits, tokens = answers()
+            assert bool(prefill_stats(model).sparse_calls) == bool(settings)
+        assert_same_output(logits, expected[0])
+        assert torch.equal(tokens, expected[1])
+
+
+@torch.no_grad()
+def test_weights_asked_for_by_the_config_stay_dense():
+    model = tiny_model(implementation="eager")
+    model.config.output_attentions = True
+    expected = model(prompt()).attentions
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(torch.stack(model(prompt()).attentions), torch.stack(expected))
+    assert prefill_stats(model).dense_calls == {"output_attentions": 2}
+    assert model(prompt(), output_attentions=False).attentions is None
+    assert prefill_stats(model).sparse_calls == 2
+
+
+@torch.no_grad()
+def test_autocast_around_a_16_bit_model():
+    model, ids = tiny_model().bfloat16(), prompt(length=1000)
+    rule = {"alpha": 1.0, "sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0, "audit_rows": 8, "audit_limit": 1.0}
+    patch_model(model, **rule, **SETTINGS)
+    model(ids)
+    expected = prefill_stats(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        patch_model(model, **rule, **SETTINGS)
+        assert model(ids).logits.isfinite().all()
+    assert prefill_stats(model).sparse_calls == 2
+    assert prefill_stats(model).density < 1
+    # The first layer's inputs are the same but for what autocast does to the projections.
+    assert prefill_stats(model).layers[0].dropped_mass == pytest.approx(expected.layers[0].dropped_mass, abs=0.02)
+
+
+@torch.no_grad()
+def test_a_position_bias_is_cut_with_a_static_caches_keys():
+    model = tiny_or_skip("inkling_text", "sdpa", head_dim=32, sliding_window=64, n_routed_experts=4, num_experts_per_tok=2,
+                         moe_intermediate_size=32)  # fmt: skip
+    ids = prompt(length=40)
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    patch_model(model, alpha=0, **SETTINGS)
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options), expected)
+    assert prefill_stats(model).dense_calls["position bias"] == 2
+
+
+@torch.no_grad()
+def test_attention_layers_subclassed_elsewhere():
+    model = tiny_model(implementation="eager")
+    for layer in model.model.layers:
+        attention = type(layer.self_attn)
+        layer.self_attn.__class__ = type("TracedAttention", (attention,), {})
+    expected = model(prompt(length=31)).logits
+    patch_model(model, **SETTINGS)
+    assert torch.equal(model(prompt(length=31)).logits, expected)
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 2}

@@ -29,7 +29,8 @@ _HALF_WINDOWED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention",
 _MROPE = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 
 # What each family needs beyond _COMMON. Windows are shorter than the situations' prompts where the family is known for
-# them (mistral in both layers; gemma2, gemma3, cohere2, gpt_oss in one of two; llama4 has chunks instead), longer in phi3.
+# them (mistral in all layers; gemma2, gemma3, gemma4, cohere2, gpt_oss in half of them; llama4 has chunks instead), longer in
+# phi3.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 32},
     "llama4": {
@@ -64,6 +65,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32} | _HALF_WINDOWED,
     "gemma3": {"head_dim": 32, "query_pre_attn_scalar": 32} | _HALF_WINDOWED,
+    # Its last two layers share the keys of the first two, and see only the queries whose logits are kept.
+    "gemma4": {
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+    },
     "phi3": {"sliding_window": 262144},
     "glm4": {"head_dim": 32},
     "olmo2": {},
@@ -87,12 +99,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_vl": {"rope_scaling": _MROPE, "rope_parameters": _MROPE},
 }
-_MODEL_TYPES = {"llama4": "llama4_text", "gemma3": "gemma3_text"}
+_MODEL_TYPES = {"llama4": "llama4_text", "gemma3": "gemma3_text", "gemma4": "gemma4_text"}
 _VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
 
 
 def tiny_model(family: str = "llama", implementation: str = "sdpa", **overrides: Any) -> PreTrainedModel:
-    """A random two-layer model in float32, the same at every call.
+    """A random model of two layers, or as few as the family needs, in float32, the same at every call.
 
     Args:
         family: A key of ``FAMILIES``, or any model type that AutoConfig knows.

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..patch import UnsupportedModelError, _SeamPart, patched
+from ..fitting import UnsupportedModelError
+from ..patch import _SeamPart, patched
 from ..stats import PrefillStats, prefill_stats
 from .families import FAMILIES, tiny_model
 from .situations import SITUATIONS, Outcome, Situation

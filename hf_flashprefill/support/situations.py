@@ -14,7 +14,7 @@ LENGTH = 160
 PADDED = 61
 
 # Where something costs seconds or an installation, a few families stand for all.
-COMPILED_FAMILIES = ("llama", "mistral", "gemma3", "phi3")
+COMPILED_FAMILIES = ("llama", "mistral", "gemma3", "gemma4", "phi3")
 QUANTIZED_FAMILIES = ("llama", "qwen3", "gemma3")
 
 Outcome = tuple[torch.Tensor, ...]
@@ -75,6 +75,11 @@ def _logits(model: PreTrainedModel, mask: torch.Tensor) -> Outcome:
 @_situation("forward")
 def plain(model):
     return (model(prompt()).logits,)
+
+
+@_situation("forward that keeps three logits")
+def few_logits(model):
+    return (model(prompt(), logits_to_keep=3).logits,)
 
 
 @_situation("forward from inputs_embeds")

@@ -21,8 +21,8 @@ Written by `python -m hf_flashprefill.support --output docs/support.md` with tra
   stayed dense. **dense**: all did. The letter gives the reason as `prefill_stats` counts it.
 - **n/a**: the unpatched model cannot run it, or `patch_model` refuses the model; the number says how. Empty: not tried.
 - Steps of one token and calls shorter than `min_seq_len` are dense in every cell and not shown.
-- The families' windows: 64 tokens in every layer of mistral, 64 tokens in one layer of two in gemma2, gemma3, cohere2 and
-  gpt_oss, chunks of 64 in one layer of two in llama4, 262144 tokens in phi3. Prompts have 160 tokens.
+- The families' windows: 64 tokens in every layer of mistral, 64 tokens in one layer of two in gemma2, gemma3, gemma4,
+  cohere2 and gpt_oss, chunks of 64 in one layer of two in llama4, 262144 tokens in phi3. Prompts have 160 tokens.
 """
 
 

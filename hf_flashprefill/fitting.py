@@ -1,0 +1,78 @@
+"""What fits the seam, judged by the source of the model's own classes: transformers has no other way to ask."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class UnsupportedModelError(ValueError):
+    """The model's attention cannot be patched; the message names the class and the reason."""
+
+
+@functools.cache
+def _sources(cls: type) -> tuple[tuple[type, str], ...]:
+    """A class and those it inherits from, up to torch's and transformers' own, each with its source, "" if it has none."""
+    found = []
+    for each in cls.__mro__:
+        if each in (PreTrainedModel, nn.Module):
+            break
+        try:
+            found.append((each, inspect.getsource(each)))
+        except (OSError, TypeError):
+            found.append((each, ""))
+    return tuple(found)
+
+
+def source_of(cls: type) -> str:
+    """The source of a class and of those it inherits from."""
+    return "\n".join(source for _, source in _sources(cls))
+
+
+@functools.cache
+def eager_attention_of(cls: type) -> Callable[..., Any] | None:
+    """The function that layers of this class call for "eager", which is no registered name: each modelling file brings its own.
+
+    None if there is none that can be called in the layer's place.
+    """
+    for each, source in _sources(cls):
+        for name in re.findall(r"\b\w*eager_attention_forward\b", source):
+            function = getattr(sys.modules.get(each.__module__), name, None)
+            if function is not None:
+                return function
+    return None
+
+
+def misfit_of_layer(layer: nn.Module, base: str) -> str | None:
+    """Why an attention layer does not fit, or None; ``base`` is the implementation that its dense calls go to."""
+    name, source = type(layer).__name__, source_of(type(layer))
+    if re.search(r"\b(block_)?indices=", source):
+        return f"{name} brings its own sparse index"
+    # A mask of ours is none to calculate with. Choosing the encoder's, which GPT-2 can, is harmless.
+    if re.search(r"\battention_mask(\s=\s(?!encoder_)|\s[&*+-]\s|[.\[])", source):
+        return f"{name} changes the attention mask it is given"
+    if base == "eager":
+        if getattr(layer, "reorder_and_upcast_attn", False):
+            return f"{name} computes eager attention in a way of its own, reorder_and_upcast_attn"
+        if eager_attention_of(type(layer)) is None:
+            return f"{name} brings no eager attention that can be called"
+    return None
+
+
+def layer_number(layer: nn.Module) -> int | None:
+    """Which of the model's layers it is, or None: Zamba2's share their modules, and these say -1."""
+    number = getattr(layer, "layer_idx", None)
+    return number if isinstance(number, int) and number >= 0 else None
+
+
+def cuts_masks(config: PretrainedConfig) -> bool:
+    """Whether a model cuts masks to the queries whose logits are kept, as Gemma 4 does for layers that share keys."""
+    is_gemma4 = getattr(config, "model_type", "").startswith("gemma4")
+    return is_gemma4 and getattr(config, "num_kv_shared_layers", 0) > 0
