@@ -162,6 +162,7 @@ def test_a_compiled_model_follows_unpatching_and_new_settings():
     assert (prefill_stats(model).sparse_calls, prefill_stats(model).dense_calls) == (1, {"dense layer": 1})
 
 
+@needs_lengths_in_masks
 def test_counts_begun_under_inference_mode_go_on_without():
     model = patch_model(tiny_model(), alpha=0, **SETTINGS)
     compiled = torch.compile(model, backend="eager")
