@@ -9,13 +9,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run(monkeypatch):
+def test_python_blocks_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 3
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+        # The answer that the block itself names, from a sparse prefill.
+        if "# 481923" in block:
+            assert capsys.readouterr().out.splitlines()[0] == "481923"
+            assert namespace["prefill_stats"](namespace["model"]).sparse_calls > 0
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
