@@ -143,12 +143,17 @@ def check_output_arguments(args: argparse.Namespace) -> None:
     """Look at --limit and --output.
 
     Raises:
-        UsageError: The limit is out of its range or the output is a folder.
+        UsageError: The limit is out of its range, or the output is no JSON file.
     """
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit must be at least 1, got {args.limit}")
-    if args.output is not None and args.output.is_dir():
+    if args.output is None:
+        return
+    if args.output.is_dir():
         raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
+    # A picture lies beside it under the same name.
+    if args.output.suffix != ".json":
+        raise UsageError(f"--output must end in .json, got {args.output}")
 
 
 def check_one_process(harness: str) -> None:
