@@ -94,6 +94,9 @@ def main(argv: list[str]) -> int:
         if getattr(args, name) < least:
             raise common.UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     common.check_one_process("calibrate")
+    # In a folder of its own, so that a report of all results does not take it for one.
+    settings = args.output.parent / "configs" / args.output.name
+    common.check_writable(settings)
     count = args.prompts if args.limit is None else min(args.prompts, args.limit)
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
@@ -111,8 +114,6 @@ def main(argv: list[str]) -> int:
     place, identity = recording.environment(model.device), recording.model_record(args.model, model)
     arguments, summary = recording.recorded_arguments(args), summarise(found)
     Result("calibrate", place, identity, found.config.to_dict(), arguments, summary, rows).write(args.output)
-    # In a folder of its own, so that a report of all results does not take it for one.
-    settings = args.output.parent / "configs" / args.output.name
     settings.parent.mkdir(exist_ok=True)
     found.config.to_json(settings)
     print(layer_table(rows))

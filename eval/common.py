@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -135,15 +137,16 @@ def check_config_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
     Raises:
         UsageError: A value is out of its range or a field does not exist.
     """
+    config = given_config(args)
     check_output_arguments(args)
-    return given_config(args)
+    return config
 
 
 def check_output_arguments(args: argparse.Namespace) -> None:
     """Look at --limit and --output.
 
     Raises:
-        UsageError: The limit is out of its range, or the output is no JSON file.
+        UsageError: The limit is out of its range, or the output is no JSON file or cannot be written.
     """
     if args.limit is not None and args.limit < 1:
         raise UsageError(f"--limit must be at least 1, got {args.limit}")
@@ -154,6 +157,28 @@ def check_output_arguments(args: argparse.Namespace) -> None:
     # A picture lies beside it under the same name.
     if args.output.suffix != ".json":
         raise UsageError(f"--output must end in .json, got {args.output}")
+    check_writable(args.output)
+
+
+def check_writable(path: Path) -> None:
+    """See whether a file of this name can be written, in folders that may be missing yet. Leaves nothing behind.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    try:
+        if path.exists():
+            reason = "it is a folder" if path.is_dir() else None if os.access(path, os.W_OK) else "it may not be written"
+        else:
+            folder = next(folder for folder in path.absolute().parents if folder.exists())
+            reason = None if folder.is_dir() else f"{folder} is no folder"
+            if reason is None:
+                # About as long a name as that of the file of finished tasks, see eval.runner.
+                tempfile.NamedTemporaryFile(dir=folder, prefix=f"{path.name}.", suffix=".partial.jsonl").close()
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise UsageError(f"--output {path}: {reason}")
 
 
 def check_one_process(harness: str) -> None:

@@ -172,6 +172,7 @@ def main(argv: list[str]) -> int:
     config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend)
     run = operator_run("layout_speed", args, args.backend, config.resolved())
     output = args.output or dated_output("results", "layouts", run)
+    common.check_writable(output)
     names = [f"{i}/{length}" for i, length in enumerate(lengths)]
     result = recording.time_and_record(run, output, names, work, "length")
     if result:

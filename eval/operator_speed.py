@@ -324,6 +324,7 @@ def main(argv: list[str]) -> int:
     names = [f"{i}/{length}" for i, (length, *_) in enumerate(shapes)]
     run = operator_run("operator_speed", args, backend.__name__, args.config)
     output = args.output or dated_output("benchmarks/results", "operator", run)
+    common.check_writable(output)
     packages = [hf_flashprefill, *([before.package(args.before)] if args.before else [])]
     with torch.no_grad(), portable_kernels(packages) if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):

@@ -271,6 +271,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.output.suffix != ".html":
         raise common.UsageError(f"--output must end in .html, got {args.output}")
+    common.check_writable(args.output)
+    common.check_writable(args.output.with_suffix("") / "picture.png")
     text = page(args.results, args.output)
     args.output.write_text(text, encoding="utf-8")
     print(f"wrote {args.output} and its pictures to {args.output.with_suffix('')}")

@@ -388,6 +388,7 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     if args.minutes <= 0:
         raise common.UsageError(f"--minutes must be above 0, got {args.minutes}")
+    common.check_writable(args.output / "training.json")
     torch.manual_seed(args.seed)
     text = standard_library_text("train")
     if args.init:

@@ -13,8 +13,10 @@ from eval import (
     operator_speed,
     perplexity,
     recall,
+    report,
     ruler,
     selection,
+    train_recall,
     ttft,
     vllm_ttft,
 )
@@ -49,3 +51,42 @@ def refusal(monkeypatch, capsys, tmp_path):
 def test_a_result_is_a_json_file(harness, name, refusal):
     """Under another name the picture would take its place."""
     assert refusal(harness, ["--output", name]) == f"error: --output must end in .json, got {name}"
+
+
+@harnesses
+@pytest.mark.parametrize("name", ["/proc/result.json", "/proc/x/y/result.json", "/dev/null/result.json", "file/result.json"])
+def test_a_result_that_cannot_be_written_is_not_begun(harness, name, refusal, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refusal(harness, ["--output", name], ["file"])
+    assert line.startswith(f"error: --output {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "output"),
+    [
+        (report, ["result.json"], "/proc/report.html"),
+        (report, ["result.json"], "folder.html"),
+        # Its pictures go to a folder of this name.
+        (report, ["result.json"], "file.html"),
+        (calibrate, [], "file/result.json"),
+        (calibrate, [], "folder.html/result.json"),
+        (train_recall, [], "/proc/folder"),
+        (train_recall, [], "file"),
+        (recall, [], "x" * 250 + ".json"),
+    ],
+)
+def test_other_outputs_are_tried_first(command, arguments, output, refusal, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "page", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(train_recall, "standard_library_text", lambda *_: pytest.fail("work began"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "folder.html" / "configs").write_text("")
+    assert refusal(command, [*arguments, "--output", output], ["file", "folder.html"]).startswith("error: --output ")
+
+
+def test_a_folder_may_be_made_and_a_file_replaced(tmp_path):
+    common.check_writable(tmp_path / "new" / "folder" / "result.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "result.json").write_text("old")
+    common.check_writable(tmp_path / "result.json")
+    assert (tmp_path / "result.json").read_text() == "old"

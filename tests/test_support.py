@@ -101,6 +101,20 @@ def test_command_prints_a_table_and_says_when_something_differs(capsys, monkeypa
     assert "| forward | **WRONG** 1 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", [".", "file/table.md", "/proc/table.md"])
+def test_a_table_that_cannot_be_written_is_not_begun(name, capsys, monkeypatch, tmp_path):
+    import hf_flashprefill.support.__main__ as command
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(command, "check_column", lambda *_: pytest.fail("work began"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", name])
+    assert stopped.value.code == 2
+    assert f"--output {name}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_refused_families_are_named():
     from hf_flashprefill import patch_model
 

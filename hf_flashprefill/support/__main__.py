@@ -24,6 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes half of the time")
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print it)")
     options = parser.parse_args(arguments)
+    if options.output is not None:
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not options.output.exists()
+            options.output.open("a").close()
+            if is_new:
+                options.output.unlink()
+        except OSError as error:
+            parser.error(f"--output {options.output}: {error.strerror}")
     # The models are so small that a second thread costs more than it does.
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -37,7 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output is None:
         print(text, end="")
     else:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text, encoding="utf-8")
     return int(any(cell.verdict == "WRONG" for column in matrix.values() for cell in column.values()))
 
