@@ -176,10 +176,12 @@ SELECTION_PANELS = {
 }
 
 
-def draw_selection(summary: list[dict]) -> Figure:
+def draw_selection(summary: list[dict]) -> Figure | None:
     """Recall, rise of perplexity and, where they were measured, kept mass and time against density: a line of panels per
-    length, a line per selector, oracles dashed."""
+    length, a line per selector, oracles dashed. None if every layer stayed dense."""
     known = [row for row in summary if row["density"] is not None]
+    if not known:
+        return None
     lengths = sorted({row.get("length", 0) for row in known})
     fields = [field for field in SELECTION_PANELS if any(row.get(field) is not None for row in known)]
     names = list(dict.fromkeys(row["selector"] for row in known))

@@ -73,6 +73,12 @@ def density_picture(record: dict) -> list[Picture]:
     return [Picture("density", figure, f"Share of the visible blocks that each head keeps, prompts of {longest} tokens.")]
 
 
+def selection_picture(record: dict) -> list[Picture]:
+    """None if every layer stayed dense."""
+    figure = pictures.draw_selection(record["summary"])
+    return [] if figure is None else [Picture("selection", figure, "What a density costs.")]
+
+
 def rows_table(record: dict, columns: dict[str, Callable[[dict], Any]]) -> str:
     """A table of rows; values that a row lacks stay empty."""
 
@@ -150,7 +156,7 @@ KINDS = {
         "Each line is a selector, each point a threshold. Oracles know the true attention, which costs more than dense. Kept "
         "mass and times are of the unpatched model's tensors, times of one layer; index is pool and select.",
         lambda record: selection.summary_table(record["summary"]),
-        lambda record: [Picture("selection", pictures.draw_selection(record["summary"]), "What a density costs.")],
+        selection_picture,
     ),
     "calibrate": Kind(
         "Calibration",

@@ -223,10 +223,13 @@ def main(argv: list[str]) -> int:
 
     result = recording.run_and_record("selection", args, model, config, [prompt.name for prompt in prompts], work, summarise)
     if result:
-        picture = args.output.with_suffix(".png")
-        draw_selection(result.summary).savefig(picture, dpi=130)
+        figure, picture = draw_selection(result.summary), args.output.with_suffix(".png")
         print(summary_table(result.summary))
-        print(f"wrote {args.output} and {picture}")
+        if figure is None:
+            print(f"every layer stayed dense, so there is no picture\nwrote {args.output}")
+        else:
+            figure.savefig(picture, dpi=130)
+            print(f"wrote {args.output} and {picture}")
     return 0
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from eval import common, selection
+from eval import common, report, selection
 from eval.haystack import encode, standard_library_text
 from eval.oracle import block_masses, index_from_masses, oracle_selection, row_masses
 from eval.probe import AttentionInput, attention_inputs
@@ -211,6 +211,18 @@ def test_an_interrupted_run_gives_the_same_json(whole, options, tmp_path, monkey
     wanted = timeless(whole)
     del wanted["arguments"]["times"]
     assert timeless(again) == wanted
+
+
+def test_what_stays_dense_has_a_table_and_no_picture(options, tmp_path, capsys):
+    path = tmp_path / "selection.json"
+    dense = ["--limit", "1", "--curves", "blend:0.1", "--no-times", "--min-seq-len", "auto", "--output", str(path)]
+    assert selection.main([*options, *dense]) == 0
+    assert "every layer stayed dense" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["selection.json"]
+    assert report.main([str(path), "--output", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert " dense " in text
+    assert "<img" not in text
 
 
 def test_default_curves_are_valid_and_hold_the_defaults():
