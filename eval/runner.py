@@ -82,25 +82,31 @@ class PartialRun:
         # Whose task it is must not depend on what is finished: another process may be reading at another moment.
         mine = range(rank, len(names), count)
         todo = [i for i in mine if names[i] not in finished]
-        self._output.parent.mkdir(parents=True, exist_ok=True)
         done = {names[i]: finished[names[i]] for i in mine if names[i] in finished}
         bar = tqdm(todo, initial=len(mine) - len(todo), total=len(mine), desc=description, unit=unit, disable=rank > 0)
-        with self.path(rank).open("a", encoding="utf-8") as file:
-            if file.tell() and not self.path(rank).read_bytes().endswith(b"\n"):
-                file.write("\n")
-            try:
-                for i in bar:
-                    # Through JSON, so that a resumed run's rows are the same objects as an uninterrupted one's.
-                    line = json.dumps({"task": names[i], "rows": work(i)}, allow_nan=False)
-                    file.write(line + "\n")
-                    file.flush()
-                    done[names[i]] = json.loads(line)["rows"]
-            except KeyboardInterrupt:
-                bar.write(f"{len(done)} of {len(mine)} {unit}s are kept; the same command goes on from there")
-                raise
+        try:
+            for i in bar:
+                # Through JSON, so that a resumed run's rows are the same objects as an uninterrupted one's.
+                line = json.dumps({"task": names[i], "rows": work(i)}, allow_nan=False)
+                self._append(rank, line)
+                done[names[i]] = json.loads(line)["rows"]
+        except KeyboardInterrupt:
+            bar.write(f"{len(done)} of {len(mine)} {unit}s are kept; the same command goes on from there")
+            raise
         if count > 1:
             done = _gathered(done)
         return [row for name in names for row in done[name]] if rank == 0 else None
+
+    def _append(self, rank: int, line: str) -> None:
+        """Add a line to this process's file, which is made when the first task is finished."""
+        path = self.path(rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                # The process was killed while it wrote its last line.
+                line = line if file.read() == b"\n" else "\n" + line
+            file.write(line.encode() + b"\n")
 
     def remove(self) -> None:
         """Delete the files of finished tasks."""

@@ -108,6 +108,16 @@ def test_each_process_has_its_own_tasks_and_sees_what_others_finished(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [common.UsageError, ValueError, KeyboardInterrupt])
+def test_what_ends_before_its_first_row_leaves_nothing(error, tmp_path):
+    def work(i):
+        raise error
+
+    with pytest.raises(error):
+        PartialRun(tmp_path / "new" / "x.json", {}).run(["a"], work, "x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_results_are_read_back_and_others_refused(whole, tmp_path):
     path = tmp_path / "result.json"
     result = Result(**whole)
