@@ -20,6 +20,8 @@ from eval.runner import process_count, process_rank
 from hf_flashprefill import FlashPrefillConfig, prefill_stats
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
+# Tokens; more than any prompt has.
+LONGEST = 1 << 24
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -119,16 +121,38 @@ def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Se
     parser.add_argument("--seed", type=int, default=0)
 
 
-def check_run_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    """The settings of the patched state as ``given_config`` has them, after a look at the other arguments.
+def check_run_arguments(args: argparse.Namespace, shortest: int = 1) -> FlashPrefillConfig:
+    """The settings of the patched state as ``given_config`` has them, after a look at the other arguments. Prompts have at
+    least ``shortest`` tokens.
 
     Raises:
         UsageError: A value is out of its range or a field does not exist.
     """
-    for length in args.lengths:
-        if length < 1:
-            raise UsageError(f"--lengths must be at least 1, got {length}")
+    check_range("--lengths", args.lengths, shortest, LONGEST)
     return check_config_arguments(args)
+
+
+def check_range(option: str, given: float | Sequence[float], least: float, most: float = math.inf) -> None:
+    """Look at the numbers that an option has.
+
+    Raises:
+        UsageError: One of them is below ``least``, above ``most``, or none at all.
+    """
+    for value in given if isinstance(given, Sequence) else [given]:
+        if not least <= value <= most:
+            allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise UsageError(f"{option} must be {allowed}, got {value}")
+
+
+def check_share(option: str, given: float | Sequence[float]) -> None:
+    """Look at the shares that an option has, none of which may be 0.
+
+    Raises:
+        UsageError: One of them is not above 0 and at most 1.
+    """
+    for value in given if isinstance(given, Sequence) else [given]:
+        if not 0 < value <= 1:
+            raise UsageError(f"{option} must be above 0 and at most 1, got {value}")
 
 
 def check_config_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
@@ -148,8 +172,8 @@ def check_output_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: The limit is out of its range, or the output is no JSON file or cannot be written.
     """
-    if args.limit is not None and args.limit < 1:
-        raise UsageError(f"--limit must be at least 1, got {args.limit}")
+    if args.limit is not None:
+        check_range("--limit", args.limit, 1)
     if args.output is None:
         return
     if args.output.is_dir():

@@ -135,8 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     common.check_output_arguments(args)
-    if min(args.lengths) < 256:
-        raise common.UsageError(f"--lengths must be at least 256 tokens, got {min(args.lengths)}")
+    common.check_range("--lengths", args.lengths, 256, common.LONGEST)
     if args.chunk < 1 or args.chunk % 128:
         raise common.UsageError(f"--chunk must be a multiple of 128 tokens, got {args.chunk}")
     if args.density is not None and not 0 < args.density <= 1:

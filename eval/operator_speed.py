@@ -236,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     common.check_output_arguments(args)
+    common.check_range("--lengths", args.lengths, 1, common.LONGEST)
     args.densities = args.densities or [PUBLISHED_DENSITY.get(length, 0.1) for length in args.lengths]
     if len(args.densities) != len(args.lengths):
         raise common.UsageError(f"--densities must be one per length, got {len(args.densities)} for {len(args.lengths)}")

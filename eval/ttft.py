@@ -218,10 +218,10 @@ def report(result: Result, output: Path) -> None:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    if args.repeats < 1:
-        raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
-    if args.chunk is not None and args.chunk < 1:
-        raise common.UsageError(f"--chunk must be at least 1 token, got {args.chunk}")
+    common.check_range("--lengths", args.lengths, 1, common.LONGEST)
+    common.check_range("--repeats", args.repeats, 1)
+    if args.chunk is not None:
+        common.check_range("--chunk", args.chunk, 1)
     base = common.check_config_arguments(args).resolved()
     tasks = list(zip(args.lengths, densities_of(args), strict=True))[: args.limit]
     if args.shape:

@@ -152,10 +152,10 @@ def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
     Raises:
         UsageError: A value is out of its range, or there is more than one process.
     """
-    if args.repeats < 1:
-        raise common.UsageError(f"--repeats must be at least 1, got {args.repeats}")
-    if min(args.lengths) < 1 or min(args.chunks) < 0:
-        raise common.UsageError(f"--lengths and --chunks must be positive, got {args.lengths} and {args.chunks}")
+    common.check_range("--lengths", args.lengths, 1, common.LONGEST)
+    common.check_range("--chunks", args.chunks, 0)
+    common.check_range("--repeats", args.repeats, 1)
+    common.check_share("--memory", args.memory)
     # vLLM would take accelerate's process group for that of its own workers.
     common.check_one_process("vllm_ttft")
     return common.check_config_arguments(args).resolved()

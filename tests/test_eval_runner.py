@@ -189,7 +189,7 @@ def test_perplexity_rise_by_hand():
         (["--dataset", "no-such.jsonl"], "there is no such file"),
         (["--placement", "nowhere"], "--placement"),
         (["--lengths", "100"], "length must be at least"),
-        (["--lengths", "0"], "--lengths must be at least 1"),
+        (["--lengths", "0"], "--lengths must be from 1 to 16777216, got 0"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--prompts", "0"], "prompts must be at least 1"),
         (["--output", "eval"], "--output must name a JSON file"),

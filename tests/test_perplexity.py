@@ -111,7 +111,7 @@ def test_the_command_on_a_local_file(tmp_path, capsys):
         (["--continuation", "4096"], "--continuation must be from 1 to 4094"),
         (["--documents", "0"], "--documents must be at least 1"),
         (["--buckets", "0"], "--buckets must be from 1"),
-        (["--lengths", "99999999"], "no document has that many tokens"),
+        (["--lengths", "9999999"], "no document has that many tokens"),
     ],
 )
 def test_mistakes(arguments, message, tmp_path):
