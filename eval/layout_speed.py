@@ -32,6 +32,7 @@ from eval import common, profiling, recording
 from eval.operator_speed import (
     KERNEL_SELECTORS,
     add_tensor_arguments,
+    check_head_dims,
     check_tensor_arguments,
     dated_output,
     operator_run,
@@ -138,9 +139,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     common.check_range("--lengths", args.lengths, 256, common.LONGEST)
     if args.chunk < 1 or args.chunk % 128:
         raise common.UsageError(f"--chunk must be a multiple of 128 tokens, got {args.chunk}")
-    if args.density is not None and not 0 < args.density <= 1:
-        raise common.UsageError(f"--density must be above 0 and at most 1, got {args.density}")
+    if args.density is not None:
+        common.check_share("--density", args.density)
     check_tensor_arguments(args)
+    check_head_dims("--head-dim", [args.head_dim], args)
 
 
 def report(result: Result, output: Path) -> None:

@@ -55,6 +55,8 @@ SDPA_BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
 }
 KERNEL_SELECTORS = [name for name in SELECTORS if name not in SORTING_SELECTORS]
+# To spend on a figure; more is a slip.
+MOST_SECONDS = 3600
 BASELINES = (*SDPA_BACKENDS, "flex")
 
 
@@ -86,14 +88,25 @@ def flex_attention_run(tensors: Tensors, index: BlockIndex) -> Callable[[], torc
     return lambda: compiled(*tensors, block_mask=block_mask, enable_gqa=True)
 
 
-def peer_run(path: str, tensors: Tensors, index: BlockIndex) -> Callable[[], object]:
-    """Another implementation, from a file of the user's."""
+def peer_prepare(peer: str) -> Callable[..., Callable[[], object]]:
+    """What ``NAME=FILE.py`` prepares another implementation with.
+
+    Raises:
+        UsageError: It is written in another way, or the file cannot be run or has no such function.
+    """
+    name, _, path = peer.partition("=")
     spec = importlib.util.spec_from_file_location("peer", path)
-    if spec is None or not Path(path).is_file():
-        raise common.UsageError(f"--peer: {path} is not a Python file")
+    if not name or spec is None or not Path(path).is_file():
+        raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.prepare(*tensors, index)
+    try:
+        spec.loader.exec_module(module)
+    # Whatever a user's file raises.
+    except Exception as error:
+        raise common.UsageError(f"--peer {peer}: {type(error).__name__}: {common.first_line(error)}") from None
+    if not callable(getattr(module, "prepare", None)):
+        raise common.UsageError(f"--peer {peer}: the file must define prepare(query, key, value, index)")
+    return module.prepare
 
 
 def random_tensors(batch: int, length: int, head_dim: int, args: argparse.Namespace) -> Tensors:
@@ -155,8 +168,7 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
     if "flex" in args.baselines:
         others["flex"] = flex_attention_run(tensors, index)
     for peer in args.peer:
-        name, _, path = peer.partition("=")
-        others[name] = peer_run(path, tensors, index)
+        others[peer.partition("=")[0]] = peer_prepare(peer)(*tensors, index)
     # One after the other: beside an attention that keeps the GPU at its power limit for a second all else would be slower.
     for name, run in others.items():
         row |= timed({name: run})
@@ -186,11 +198,25 @@ def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_tensor_arguments(args: argparse.Namespace) -> None:
-    """Make torch's device and dtype of the options of ``add_tensor_arguments``."""
-    if args.heads < 1 or args.kv_heads < 1 or args.heads % args.kv_heads:
+    """Look at what eval.operator_speed and layout_speed have in common, and make torch's device and dtype of the options of
+    ``add_tensor_arguments``."""
+    common.check_range("--heads", args.heads, 1)
+    common.check_range("--kv-heads", args.kv_heads, 1)
+    if args.heads % args.kv_heads:
         raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
+    common.check_range("--seconds", args.seconds, 0, MOST_SECONDS)
     args.device = common.usable_device(args.device)
     args.dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+
+
+def check_head_dims(option: str, head_dims: Sequence[int], args: argparse.Namespace) -> None:
+    """Look at channels per head and whether the backend takes them."""
+    common.check_range(option, head_dims, 1)
+    for head_dim in head_dims:
+        try:
+            resolve_backend(args.backend, torch.empty(1, args.heads, 1, head_dim, dtype=args.dtype, device=args.device))
+        except ValueError as error:
+            raise common.UsageError(f"--backend {args.backend}: {common.first_line(error)}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -238,16 +264,22 @@ def check_arguments(args: argparse.Namespace) -> None:
     common.check_output_arguments(args)
     common.check_range("--lengths", args.lengths, 1, common.LONGEST)
     args.densities = args.densities or [PUBLISHED_DENSITY.get(length, 0.1) for length in args.lengths]
+    common.check_share("--densities", args.densities)
+    common.check_range("--batches", args.batches, 1)
+    common.check_range("--dense-tail-blocks", args.dense_tail_blocks, 0)
     if len(args.densities) != len(args.lengths):
         raise common.UsageError(f"--densities must be one per length, got {len(args.densities)} for {len(args.lengths)}")
     for peer in args.peer:
-        if "=" not in peer or not Path(peer.partition("=")[2]).is_file():
-            raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
+        peer_prepare(peer)
     if args.before and not (args.before / "hf_flashprefill" / "__init__.py").is_file():
         raise common.UsageError(f"--before must be a checkout of this repository, got {args.before}")
     check_tensor_arguments(args)
+    check_head_dims("--head-dims", args.head_dims, args)
+    if "sdpa_cudnn" in (args.baselines or ()) and args.device.type != "cuda":
+        raise common.UsageError(f"--baselines sdpa_cudnn must come with a GPU, got --device {args.device}")
     if args.portable and args.device.type != "cuda":
         raise common.UsageError(f"--portable must come with a GPU, got --device {args.device}")
+    common.check_range("--audit-rows", args.audit_rows, 0)
     try:
         args.config = FlashPrefillConfig(
             alpha=1.0,

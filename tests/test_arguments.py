@@ -21,6 +21,7 @@ from eval import (
     vllm_ttft,
 )
 from eval.runner import PartialRun
+from hf_flashprefill import functional
 
 # Those that write a JSON file.
 HARNESSES = [needle, recall, perplexity, ruler, lm_eval_adapter, selection, calibrate]
@@ -98,3 +99,45 @@ def test_lengths_are_checked(harness, length, refusal):
     if harness is lm_eval_adapter:
         pytest.skip("its tasks decide the lengths")
     assert refusal(harness, ["--lengths", "1024", length]).startswith("error: --lengths must be ")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (operator_speed, ["--head-dims", "64", "0"], "--head-dims must be at least 1, got 0"),
+        (operator_speed, ["--batches", "0"], "--batches must be at least 1, got 0"),
+        (operator_speed, ["--densities", ".1", ".1", "nan"], "--densities must be above 0 and at most 1, got nan"),
+        (operator_speed, ["--densities", "2", ".1", ".1"], "--densities must be above 0 and at most 1, got 2.0"),
+        (operator_speed, ["--dense-tail-blocks", "-1"], "--dense-tail-blocks must be at least 0, got -1"),
+        (operator_speed, ["--seconds", "nan"], "--seconds must be from 0 to 3600, got nan"),
+        (operator_speed, ["--seconds", "inf"], "--seconds must be from 0 to 3600, got inf"),
+        (operator_speed, ["--heads", "-8"], "--heads must be at least 1, got -8"),
+        (operator_speed, ["--backend", "triton"], '--backend triton: backend "triton" cannot run here: no GPU'),
+        (operator_speed, ["--baselines", "sdpa_cudnn"], "--baselines sdpa_cudnn must come with a GPU, got --device cpu"),
+        (
+            operator_speed,
+            ["--peer", "=peers/file.py"],
+            "--peer must be NAME=FILE.py with a file that exists, got '=peers/file.py'",
+        ),
+        (
+            operator_speed,
+            ["--peer", "a=peers/file.py"],
+            "--peer a=peers/file.py: the file must define prepare(query, key, value, index)",
+        ),
+        (operator_speed, ["--peer", "a=peers/bad.py"], "--peer a=peers/bad.py: SyntaxError: "),
+        (layout_speed, ["--head-dim", "0"], "--head-dim must be at least 1, got 0"),
+        (layout_speed, ["--seconds", "-1"], "--seconds must be from 0 to 3600, got -1.0"),
+        (layout_speed, ["--density", "nan"], "--density must be above 0 and at most 1, got nan"),
+        (layout_speed, ["--backend", "triton"], '--backend triton: backend "triton" cannot run here: no GPU'),
+        (vllm_ttft, ["--chunks", "-1"], "--chunks must be at least 0, got -1"),
+        (vllm_ttft, ["--memory", "0"], "--memory must be above 0 and at most 1, got 0.0"),
+        (ttft, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+    ],
+)
+def test_what_times_says_what_it_takes(command, arguments, message, refusal, monkeypatch, tmp_path):
+    monkeypatch.setattr(functional, "triton_obstacle", lambda query: "no GPU")
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "file.py").write_text("")
+    (tmp_path / "peers" / "bad.py").write_text("def")
+    device = [] if command is vllm_ttft else ["--device", "cpu"]
+    assert refusal(command, [*device, *arguments], ["peers"]).startswith(f"error: {message}")

@@ -37,7 +37,7 @@ def test_operator_speed_times_an_audit(tmp_path):
     assert operator_speed.main([*arguments, "--audit-rows", "4"]) == 0
     row = json.loads(path.read_text())["rows"][0]
     assert row["audit"]["median_ms"] > 0
-    with pytest.raises(common.UsageError, match="audit_rows must be"):
+    with pytest.raises(common.UsageError, match="--audit-rows must be at least 0, got -1"):
         operator_speed.main([*arguments, "--audit-rows", "-1"])
 
 
