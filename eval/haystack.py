@@ -74,12 +74,20 @@ def package_text(name: str) -> str:
     Raises:
         FileNotFoundError: The package is not installed or holds no Python sources.
     """
-    spec = importlib.util.find_spec(name)
-    folders = [] if spec is None else spec.submodule_search_locations or []
-    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for f in folders for path in python_sources(Path(f)))
+    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in package_sources(name))
     if not text:
         raise FileNotFoundError(f"no installed package {name!r} with Python sources")
     return text
+
+
+def package_sources(name: str) -> list[Path]:
+    """Python files of an installed package in path order; none if it is not there."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return [path for folder in folders for path in python_sources(Path(folder))]
 
 
 def python_sources(root: Path) -> Iterator[Path]:

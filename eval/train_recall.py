@@ -13,7 +13,6 @@ measured on text that training never saw.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import queue
@@ -33,11 +32,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import common
+from eval import common, recording
 from eval.haystack import (
     CODE_DIGITS,
     encode,
     encode_fact,
+    package_sources,
     package_text,
     plant,
     random_fact,
@@ -47,6 +47,12 @@ from eval.haystack import (
 
 NAME_POOL = 100_000
 ANSWER_WEIGHT = 4.0
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>"]
+# Every byte has a token.
+LEAST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
+# Each fact of a recall prompt and its question, with a token for every one of their 38 bytes.
+LEAST_RECALL_LENGTH = 2 * len(DEPTHS) * 38
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,10 @@ def parse_stages(text: str) -> list[Stage]:
         window, _, steps = part.partition(":")
         try:
             stages.append(Stage(int(window), int(steps)))
+            if min(stages[-1].window, stages[-1].steps) < 1:
+                raise ValueError
         except ValueError:
-            raise argparse.ArgumentTypeError(f"stages are WINDOW:STEPS pairs, got {part!r}") from None
+            raise argparse.ArgumentTypeError(f"stages are WINDOW:STEPS pairs of at least 1, got {part!r}") from None
     return stages
 
 
@@ -78,7 +86,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|pad|>", "<|end|>"],
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -331,7 +339,7 @@ Exact match of all {CODE_DIGITS} digits, facts at five depths asked one after th
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.train_recall", description=__doc__.split("\n\n")[0])
+    parser = common.Parser("train_recall", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for weights, tokenizer and model card")
     parser.add_argument("--init", type=Path, help="folder of a model to go on with, instead of starting from nothing")
     parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose sources are trained on as well")
@@ -353,6 +361,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Look at all options, and that the folder can be written.
+
+    Raises:
+        UsageError: A value is out of its range.
+    """
+    if not 0 < args.minutes < math.inf:
+        raise common.UsageError(f"--minutes must be above 0, got {args.minutes}")
+    if not 0 < args.learning_rate <= 1:
+        raise common.UsageError(f"--learning-rate must be above 0 and at most 1, got {args.learning_rate}")
+    for name in ("tokens_per_step", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "recall_prompts"):
+        common.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+    if args.heads % args.kv_heads:
+        raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
+    if args.head_dim < 2 or args.head_dim % 2:
+        raise common.UsageError(f"--head-dim must be even and at least 2, got {args.head_dim}")
+    common.check_range("--vocab-size", args.vocab_size, LEAST_VOCABULARY)
+    common.check_range("--recall-lengths", args.recall_lengths, LEAST_RECALL_LENGTH, common.LONGEST)
+    common.check_range("--seed", args.seed, 0)
+    for name in args.packages:
+        if not package_sources(name) or recording.package_version(name) is None:
+            raise common.UsageError(f"--packages must be installed packages with Python sources, got {name}")
+    common.usable_device(args.device)
+    common.check_writable(args.output / "training.json")
 
 
 def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -386,9 +420,7 @@ def _without_output(arguments: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    if args.minutes <= 0:
-        raise common.UsageError(f"--minutes must be above 0, got {args.minutes}")
-    common.check_writable(args.output / "training.json")
+    check_arguments(args)
     torch.manual_seed(args.seed)
     text = standard_library_text("train")
     if args.init:
@@ -399,6 +431,10 @@ def main(argv: list[str]) -> int:
         model = new_model(args, tokenizer)
     texts = [text, *(package_text(name) for name in args.packages)]
     corpus = training_tokens(tokenizer, texts)
+    common.check_range("--recall-lengths", args.recall_lengths, 1, len(encode(tokenizer, standard_library_text("held_out"))))
+    longest = max(stage.window for stage in args.stages)
+    if longest + 1 >= len(corpus):
+        raise common.UsageError(f"--stages must have windows of at most {len(corpus) - 2} tokens of this text, got {longest}")
     print(f"{sum(map(len, texts)) / 1e6:.1f} M characters, {len(corpus) / 1e6:.2f} M tokens", flush=True)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     data = PlantedWindows(tokenizer, corpus, args.seed)
@@ -414,13 +450,12 @@ def main(argv: list[str]) -> int:
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     model.float().eval()
-    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
-    recall = dense_recall(model, tokenizer, args.recall_lengths, depths, args.recall_prompts, args.seed + 1)
+    recall = dense_recall(model, tokenizer, args.recall_lengths, DEPTHS, args.recall_prompts, args.seed + 1)
     settings = {name: value for name, value in vars(args).items() if name not in ("output", "init", "device", "stages")}
     record = {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "CPU",
         "settings": settings | {"stages": [asdict(stage) for stage in args.stages]},
-        "packages": {name: importlib.metadata.version(name) for name in args.packages},
+        "packages": {name: recording.package_version(name) for name in args.packages},
         "log": log,
         "held_out_loss": held_out_loss(model, tokenizer),
         "recall": recall,

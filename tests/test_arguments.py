@@ -141,3 +141,31 @@ def test_what_times_says_what_it_takes(command, arguments, message, refusal, mon
     (tmp_path / "peers" / "bad.py").write_text("def")
     device = [] if command is vllm_ttft else ["--device", "cpu"]
     assert refusal(command, [*device, *arguments], ["peers"]).startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --output"),
+        (["--packages", "torch", "nope"], "--packages must be installed packages with Python sources, got nope"),
+        # A module of the standard library is trained on anyway.
+        (["--packages", "json"], "--packages must be installed packages with Python sources, got json"),
+        (["--heads", "3", "--kv-heads", "2"], "--kv-heads must divide --heads 3, got 2"),
+        (["--kv-heads", "0"], "--kv-heads must be at least 1, got 0"),
+        (["--head-dim", "7"], "--head-dim must be even and at least 2, got 7"),
+        (["--layers", "0"], "--layers must be at least 1, got 0"),
+        (["--vocab-size", "10"], "--vocab-size must be at least 258, got 10"),
+        (["--tokens-per-step", "0"], "--tokens-per-step must be at least 1, got 0"),
+        (["--learning-rate", "-1"], "--learning-rate must be above 0 and at most 1, got -1.0"),
+        (["--minutes", "nan"], "--minutes must be above 0, got nan"),
+        (["--stages", "0:5"], "argument --stages: stages are WINDOW:STEPS pairs of at least 1, got '0:5'"),
+        (["--recall-lengths", "1024", "10"], "--recall-lengths must be from 380 to 16777216, got 10"),
+        (["--recall-prompts", "0"], "--recall-prompts must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--device", "nowhere"], "--device nowhere: "),
+    ],
+)
+def test_training_says_what_it_takes(arguments, message, refusal, monkeypatch):
+    monkeypatch.setattr(train_recall, "standard_library_text", lambda *_: pytest.fail("work began"))
+    output = ["--output", "folder"] if arguments else []
+    assert refusal(train_recall, [*output, *arguments]).startswith(f"error: {message}")

@@ -290,5 +290,5 @@ def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkey
 
 def test_stages_are_checked():
     assert train_recall.parse_stages("128:5,256:7")[1] == train_recall.Stage(256, 7)
-    with pytest.raises(SystemExit):
+    with pytest.raises(common.UsageError, match="--stages: stages are WINDOW:STEPS pairs"):
         train_recall.build_parser().parse_args(["--output", "x", "--stages", "128"])
