@@ -24,7 +24,7 @@ from eval.haystack import plant
 from eval.recall_prompts import make_prompts
 from eval.schema import Result
 from eval.texts import add_text_arguments, corpus_ids
-from hf_flashprefill import Calibration, calibrate
+from hf_flashprefill import Calibration, UnsupportedModelError, calibrate
 
 KINDS = ("facts", "text")
 
@@ -90,9 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     config = common.check_run_arguments(args).resolved()
-    for name, least in (("prompts", 1), ("held_out", 0)):
-        if getattr(args, name) < least:
-            raise common.UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    common.check_range("--prompts", args.prompts, 1)
+    common.check_range("--held-out", args.held_out, 0)
+    common.check_range("--rows", args.rows, 1)
+    if not 0 < args.target < 1:
+        raise common.UsageError(f"--target must be above 0 and below 1, got {args.target}")
     common.check_one_process("calibrate")
     # In a folder of its own, so that a report of all results does not take it for one.
     settings = args.output.parent / "configs" / args.output.name
@@ -109,6 +111,9 @@ def main(argv: list[str]) -> int:
         options = {"target": args.target, "rows": args.rows, "every_head": args.every_head}
         found = calibrate(model, fitting, config=config, held_out=held_out, **options)
     except ValueError as error:
+        # What else can be wrong has been looked at.
+        raise common.UsageError(f"--lengths: {common.first_line(error)}") from None
+    except UnsupportedModelError as error:
         raise common.UsageError(common.first_line(error)) from None
     rows = [asdict(layer) for layer in found.layers]
     place, identity = recording.environment(model.device), recording.model_record(args.model, model)

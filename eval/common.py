@@ -235,6 +235,8 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
         return _random_model(name.removeprefix("shape:"), target, dtype)
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise UsageError(f"--model {name}: there is no such folder")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"--model {name}: there is no model in this folder, it has no config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
@@ -261,8 +263,10 @@ def usable_device(device: str) -> torch.device:
     try:
         target = process_device(device)
         torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(f"--device {device}: {first_line(error)}") from None
+    if target.type == "meta":
+        raise UsageError(f"--device {device}: it computes nothing")
     return target
 
 
@@ -276,8 +280,8 @@ def process_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def read_text(path: str) -> str:
-    """The text of a file.
+def read_text(path: str, option: str = "--dataset") -> str:
+    """The text of a file that an option names.
 
     Raises:
         UsageError: It cannot be read as UTF-8 text.
@@ -285,7 +289,7 @@ def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--dataset {path}: {first_line(error)}") from None
+        raise UsageError(f"{option} {path}: {first_line(error)}") from None
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
@@ -352,5 +356,8 @@ def _json_or_text(value: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, with the next ones where it ends in a colon, or its type if it has none."""
+    lines = str(error).split("\n") if str(error).strip() else [type(error).__name__]
+    lines = [line.strip() for line in lines if line.strip()]
+    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return " ".join(lines[: last + 1])

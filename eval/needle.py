@@ -232,17 +232,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     config = common.check_run_arguments(args).resolved()
-    if any(not 0 <= depth <= 1 for depth in args.depths):
-        raise common.UsageError(f"--depths must lie from 0 to 1, got {args.depths}")
-    if args.trials < 1:
-        raise common.UsageError(f"--trials must be at least 1, got {args.trials}")
+    common.check_range("--depths", args.depths, 0, 1)
+    common.check_range("--trials", args.trials, 1)
     args.depths = sorted(set(args.depths))
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
     try:
         groups = make_prompts(tokenizer, corpus, list(dict.fromkeys(args.lengths)), args.depths, args.trials, args.seed)
     except ValueError as error:
-        raise common.UsageError(str(error)) from None
+        raise common.UsageError(f"--lengths: {error}") from None
     prompts = common.limited(groups, args.limit)
 
     def work(i: int) -> list[dict]:

@@ -182,17 +182,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    config = common.check_run_arguments(args).resolved()
+    config = common.check_run_arguments(args, shortest=3).resolved()
     shortest = min(args.lengths)
-    for name, least, most in (
-        ("documents", 1, None),
-        ("continuation", 1, shortest - 2),
-        ("buckets", 1, shortest // 2),
-    ):
-        value = getattr(args, name)
-        if value < least or (most is not None and value > most):
-            allowed = f"at least {least}" if most is None else f"from {least} to {most} for prompts of {shortest} tokens"
-            raise common.UsageError(f"--{name} must be {allowed}, got {value}")
+    common.check_range("--documents", args.documents, 1)
+    for name, most in (("continuation", shortest - 2), ("buckets", shortest // 2)):
+        if not 1 <= getattr(args, name) <= most:
+            allowed = f"from 1 to {most} for prompts of {shortest} tokens"
+            raise common.UsageError(f"--{name} must be {allowed}, got {getattr(args, name)}")
     return config
 
 

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eval import common, recording
-from eval.recall_prompts import PLACEMENTS, RecallPrompt, make_prompts
+from eval.recall_prompts import PLACEMENTS, RecallPrompt, check_prompt_arguments, make_prompts
 from eval.scoring import score_tokens
 from eval.statistics import paired_difference, perplexity_rise
 from eval.texts import add_text_arguments, corpus_ids
@@ -198,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     config = common.check_run_arguments(args).resolved()
+    check_prompt_arguments(args)
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
     try:
@@ -206,7 +207,7 @@ def main(argv: list[str]) -> int:
             for length in dict.fromkeys(args.lengths)
         ]
     except ValueError as error:
-        raise common.UsageError(str(error)) from None
+        raise common.UsageError(f"--lengths: {error}") from None
     prompts = common.limited(groups, args.limit)
 
     def work(i: int) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -9,10 +10,12 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from eval.common import text_prefix
+from eval.common import UsageError, check_range, text_prefix
 from eval.haystack import encode_fact, plant, random_facts
 
 PLACEMENTS = ("second-half", "everywhere", "end")
+# Made-up names are 343,000 in all.
+MOST_FACTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class RecallPrompt:
     ids: torch.Tensor
     questions: list[Question]
     text: torch.Tensor
+
+
+def check_prompt_arguments(args: argparse.Namespace) -> None:
+    """Look at --prompts, --facts and --questions; --lengths have been looked at.
+
+    Raises:
+        UsageError: A number is out of its range.
+    """
+    check_range("--prompts", args.prompts, 1)
+    check_range("--facts", args.facts, 1, MOST_FACTS)
+    check_range("--questions", args.questions, 1)
+    together, shortest = args.facts + args.questions, min(args.lengths)
+    if together > shortest:
+        raise UsageError(f"--facts and --questions must be at most {shortest} together for that --lengths, got {together}")
 
 
 def make_prompts(

@@ -113,8 +113,8 @@ def compare(
     )
 
 
-def qa_records(raw: Iterable[dict]) -> list[QaRecord]:
-    """Questions from records in the form of SQuAD, of HotpotQA, or with plain ``documents`` and ``answers``.
+def qa_records(raw: Iterable[dict], option: str) -> list[QaRecord]:
+    """Questions of an option from records in the form of SQuAD, of HotpotQA, or with plain ``documents`` and ``answers``.
 
     Questions without an answer are left out.
 
@@ -136,12 +136,12 @@ def qa_records(raw: Iterable[dict]) -> list[QaRecord]:
             question = record["question"]
         except (KeyError, TypeError, ValueError):
             raise common.UsageError(
-                f"--qa-1 and --qa-2 take records with question, answers, and context or documents; got {sorted(record)}"
+                f"{option} takes records with question, answers, and context or documents; got {sorted(record)}"
             ) from None
         if answers:
             made.append(QaRecord(question, texts, answers))
     if not made:
-        raise common.UsageError("--qa-1 and --qa-2: the source has no question with an answer")
+        raise common.UsageError(f"{option}: the source has no question with an answer")
     return made
 
 
@@ -152,7 +152,8 @@ def load_sources(args: argparse.Namespace) -> Sources:
         source = getattr(args, name)
         if name in args.tasks:
             dataset, _, subset = source.partition(":")
-            qa[name] = qa_records(records(dataset, subset or None, args.qa_split))
+            option = f"--{name.replace('_', '-')}"
+            qa[name] = qa_records(records(dataset, subset or None, args.qa_split, option), option)
     return Sources(split_sentences("\n".join(documents(args))), qa)
 
 
@@ -171,7 +172,7 @@ def make_samples(
             try:
                 amount = fit_amount(TASKS[name], sources, count_tokens, length, seeds[0])
             except ValueError as error:
-                raise common.UsageError(f"--tasks {name}: {error}") from None
+                raise common.UsageError(f"--lengths, for --tasks {name}: {error}") from None
             make = partial(make_sample, TASKS[name], sources, count_tokens, length, amount)
             groups.append([(seed, name, length, partial(make, seed)) for seed in seeds])
     return groups
@@ -243,8 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     config = common.check_run_arguments(args).resolved()
-    if args.samples < 1:
-        raise common.UsageError(f"--samples must be at least 1, got {args.samples}")
+    common.check_range("--samples", args.samples, 1)
     missing = [name for name in QA_TASKS if getattr(args, name) is None]
     if args.tasks is None:
         args.tasks = [name for name in TASKS if name not in missing]

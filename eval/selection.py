@@ -31,7 +31,7 @@ from eval import common, recording
 from eval.pictures import draw_selection
 from eval.probe import observed_attention
 from eval.recall import RecallScore, score
-from eval.recall_prompts import RecallPrompt, make_prompts
+from eval.recall_prompts import RecallPrompt, check_prompt_arguments, make_prompts
 from eval.runner import process_rank
 from eval.selection_layers import LayerMeasurements, LayerObserver, sampled_rows
 from eval.selection_points import DEFAULT_CURVES, Point, parse_curves
@@ -204,8 +204,8 @@ def main(argv: list[str]) -> int:
     # What the user sets comes later and wins.
     args.set = ["dense_tail_blocks=0", *args.set]
     config = common.check_run_arguments(args)
-    if args.mass_rows < 1:
-        raise common.UsageError(f"--mass-rows must be at least 1, got {args.mass_rows}")
+    check_prompt_arguments(args)
+    common.check_range("--mass-rows", args.mass_rows, 1)
     points = parse_curves(args.curves, config)
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> int:
             for length in dict.fromkeys(args.lengths)
         ]
     except ValueError as error:
-        raise common.UsageError(str(error)) from None
+        raise common.UsageError(f"--lengths: {error}") from None
     prompts = common.limited(groups, args.limit)
 
     def work(i: int) -> list[dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from eval.common import UsageError, read_text
+from eval.common import UsageError, first_line, read_text
 from eval.haystack import encode, standard_library_text
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -38,18 +38,18 @@ def documents(args: argparse.Namespace) -> Iterator[str]:
         yield record[args.column]
 
 
-def records(dataset: str, subset: str | None, split: str) -> Iterator[dict]:
-    """Records of a data set; a local text file is one record with a column "text"."""
+def records(dataset: str, subset: str | None, split: str, option: str = "--dataset") -> Iterator[dict]:
+    """Records of the data set that an option names; a local text file is one record with a column "text"."""
     path = Path(dataset)
     if path.is_file() and path.suffix not in BUILDERS:
-        yield {"text": read_text(dataset)}
+        yield {"text": read_text(dataset, option)}
         return
     if not path.exists() and (dataset.startswith((".", "/", "~")) or path.suffix in {*BUILDERS, ".txt", ".md", ".py"}):
-        raise UsageError(f"--dataset {dataset}: there is no such file")
+        raise UsageError(f"{option} {dataset}: there is no such file")
     try:
         import datasets
     except ImportError:
-        raise UsageError('--dataset needs the package datasets: pip install "hf_flashprefill[eval]"') from None
+        raise UsageError(f'{option} needs the package datasets: pip install "hf_flashprefill[eval]"') from None
     try:
         if path.is_file():
             # A file by itself has no splits; datasets calls the whole of it "train".
@@ -57,7 +57,7 @@ def records(dataset: str, subset: str | None, split: str) -> Iterator[dict]:
         else:
             yield from datasets.load_dataset(dataset, subset, split=split, streaming=True)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--dataset {dataset}: {str(error).strip().splitlines()[0]}") from None
+        raise UsageError(f"{option} {dataset}: {first_line(error)}") from None
 
 
 def corpus_ids(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> list[int]:

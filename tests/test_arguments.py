@@ -1,5 +1,6 @@
 """Mistakes in a command's options: one line that names the option, status 2, no work, and nothing written."""
 
+import shutil
 import sys
 
 import pytest
@@ -169,3 +170,39 @@ def test_training_says_what_it_takes(arguments, message, refusal, monkeypatch):
     monkeypatch.setattr(train_recall, "standard_library_text", lambda *_: pytest.fail("work began"))
     output = ["--output", "folder"] if arguments else []
     assert refusal(train_recall, [*output, *arguments]).startswith(f"error: {message}")
+
+
+QUESTIONS = "--facts and --questions must be at most 512 together for that --lengths, got 100048"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (perplexity, ["--lengths", "4096", "2"], "--lengths must be from 3 to 16777216, got 2"),
+        (perplexity, ["--lengths", "100"], "--continuation must be from 1 to 98 for prompts of 100 tokens, got 512"),
+        (needle, ["--depths", "nan"], "--depths must be from 0 to 1, got nan"),
+        (recall, ["--facts", "100000", "--lengths", "512"], QUESTIONS),
+        (recall, ["--facts", "100001"], "--facts must be from 1 to 100000, got 100001"),
+        (recall, ["--prompts", "0"], "--prompts must be at least 1, got 0"),
+        (selection, ["--facts", "0"], "--facts must be from 1 to 100000, got 0"),
+        (selection, ["--questions", "0"], "--questions must be at least 1, got 0"),
+        (calibrate, ["--rows", "0"], "--rows must be at least 1, got 0"),
+        (calibrate, ["--target", "nan"], "--target must be above 0 and below 1, got nan"),
+    ],
+)
+def test_what_asks_says_what_it_takes(command, arguments, message, refusal):
+    assert refusal(command, arguments) == f"error: {message}"
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(common.UsageError, match="there is no model in this folder, it has no config.json"):
+        common.load_model(str(tmp_path), "cpu", None)
+    shutil.copy(common.BUNDLED_MODEL / "config.json", tmp_path)
+    with pytest.raises(common.UsageError, match="tokenizer from one of: .*\\(1\\)"):
+        common.load_model(str(tmp_path), "cpu", None)
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "nowhere"])
+def test_a_device_that_does_not_compute_is_refused(device):
+    with pytest.raises(common.UsageError, match=f"--device {device}: "):
+        common.usable_device(device)

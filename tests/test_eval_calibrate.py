@@ -64,11 +64,11 @@ def test_ttft_takes_the_settings(written, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "1"], "target must be a number above 0 and below 1"),
+        (["--target", "1"], "--target must be above 0 and below 1, got 1.0"),
         (["--prompts", "0"], "--prompts must be at least 1"),
         (["--held-out", "-1"], "--held-out must be at least 0"),
-        (["--rows", "0"], "rows must be a whole number"),
-        (["--lengths", "300"], "at least 641 tokens, the longest has 300"),
+        (["--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--lengths", "300"], "--lengths: prompts must hold one of at least 641 tokens, the longest has 300"),
         (["--kind", "none"], "--kind"),
         (["--selector", "best"], "selector must be one of"),
     ],

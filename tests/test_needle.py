@@ -136,7 +136,7 @@ def test_the_command_writes_table_picture_and_json(tmp_path, capsys):
         (["--depths", "1.5"], "--depths"),
         (["--trials", "0"], "--trials"),
         (["--device", "nowhere"], "--device nowhere"),
-        (["--lengths", "10"], "length must be at least"),
+        (["--lengths", "10"], "--lengths: length must be at least"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, capsys):

@@ -142,15 +142,15 @@ def test_source_records():
     hotpot = {"question": "Q?", "answer": "A", "context": {"title": ["T", "U"], "sentences": [["a ", "b"], ["c"]]}}
     plain = {"question": "Q?", "documents": ["D", "E"], "answers": ["A"]}
     unanswerable = squad | {"answers": {"text": [], "answer_start": []}}
-    assert ruler.qa_records([squad, hotpot, unanswerable, plain]) == [
+    assert ruler.qa_records([squad, hotpot, unanswerable, plain], "--qa-1") == [
         QaRecord("Q?", ["C"], ["A", "B"]),
         QaRecord("Q?", ["T\na b", "U\nc"], ["A"]),
         QaRecord("Q?", ["D", "E"], ["A"]),
     ]
     with pytest.raises(UsageError, match="records with question"):
-        ruler.qa_records([{"text": "C"}])
+        ruler.qa_records([{"text": "C"}], "--qa-2")
     with pytest.raises(UsageError, match="no question with an answer"):
-        ruler.qa_records([unanswerable])
+        ruler.qa_records([unanswerable], "--qa-2")
 
 
 def test_chat_templates_wrap_the_prompt(recall_model):
@@ -200,8 +200,8 @@ def test_the_command_end_to_end(tmp_path, capsys, monkeypatch):
         (["--tasks", "qa_1"], "--tasks qa_1 needs a source: give --qa-1"),
         (["--tasks", "sorting"], "--tasks"),
         (["--samples", "0"], "--samples must be at least 1"),
-        (["--tasks", "vt", "--lengths", "50"], "--tasks vt: length must be at least"),
-        (["--tasks", "qa_1", "--qa-1", "./none.jsonl"], "there is no such file"),
+        (["--tasks", "vt", "--lengths", "50"], "--lengths, for --tasks vt: length must be at least"),
+        (["--tasks", "qa_1", "--qa-1", "./none.jsonl"], "--qa-1 ./none.jsonl: there is no such file"),
     ],
 )
 def test_mistakes(arguments, message, tmp_path):

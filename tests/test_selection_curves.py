@@ -253,8 +253,8 @@ def test_default_curves_are_valid_and_hold_the_defaults():
         (["--set", "pool_size=5"], "pool_size must be one of"),
         (["--mass-rows", "0"], "--mass-rows must be at least 1"),
         (["--alpha", "0.1"], "unrecognized arguments"),
-        (["--lengths", "50"], "length must be at least"),
-        (["--prompts", "0"], "prompts must be at least 1"),
+        (["--lengths", "100"], "--lengths: length must be at least"),
+        (["--prompts", "0"], "--prompts must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
