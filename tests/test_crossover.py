@@ -319,11 +319,28 @@ def test_the_command_prints_every_length_and_keeps_the_answer(capsys, cache, mon
     assert lines[1].split()[-1] == "0.50"
     assert json.loads(lines[-1])["tokens"] == 1536
     assert known.known_crossover(known.rule_of(FlashPrefillConfig()), SHAPE, CPU).tokens == 1536
-    for wrong in (["--kv-heads", "3"], ["--max-seq-len", "7"], ["--device", "nonsense"], ["--dtype", "int8"]):
-        with pytest.raises(SystemExit) as stopped:
-            command.main(arguments + wrong)
-        assert stopped.value.code == 2
-        assert wrong[0] in capsys.readouterr().err.splitlines()[-1].replace("max_seq_len", "--max-seq-len")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--kv-heads", "3"], "--kv-heads must divide --heads 4, got 3"),
+        (["--heads", "-8"], "--heads must be at least 1, got -8"),
+        (["--head-dim", "-4"], "--head-dim must be at least 1, got -4"),
+        (["--max-seq-len", "0"], "--max-seq-len must be at least 1024, got 0"),
+        (["--device", "nonsense"], "--device nonsense: "),
+        (["--device", "meta"], "--device meta: "),
+        (["--dtype", "int8"], "argument --dtype: "),
+    ],
+)
+def test_the_command_refuses_in_one_line(wrong, message, capsys, cache):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--heads", "4", "--kv-heads", "2", "--head-dim", "32", "--device", "cpu", *wrong])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: {message}")
 
 
 @pytest.fixture

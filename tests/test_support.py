@@ -101,17 +101,26 @@ def test_command_prints_a_table_and_says_when_something_differs(capsys, monkeypa
     assert "| forward | **WRONG** 1 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [".", "file/table.md", "/proc/table.md"])
-def test_a_table_that_cannot_be_written_is_not_begun(name, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "."], "--output .: "),
+        (["--output", "file/table.md"], "--output file/table.md: "),
+        (["--output", "/proc/table.md"], "--output /proc/table.md: "),
+        (["--families", "nope"], "argument --families: "),
+    ],
+)
+def test_mistakes_end_in_one_line_before_any_work(arguments, message, capsys, monkeypatch, tmp_path):
     import hf_flashprefill.support.__main__ as command
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(command, "check_column", lambda *_: pytest.fail("work began"))
     with pytest.raises(SystemExit) as stopped:
-        main(["--output", name])
+        main(arguments)
     assert stopped.value.code == 2
-    assert f"--output {name}: " in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -16,20 +16,28 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
 from ..config import SELECTORS, FlashPrefillConfig
 from ..functional import DTYPES
 from .known import LayerShape, cache_file
-from .measure import assumed_density, chunk_lengths, measure_crossover, time_attention
+from .measure import GPU_LENGTHS, assumed_density, chunk_lengths, measure_crossover, time_attention
 
 HEADER = " tokens  density  dense ms sparse ms  speed-up"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake ends in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m hf_flashprefill.crossover", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--heads", type=int, required=True, help="query heads")
@@ -63,10 +71,15 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    if min(args.heads, args.kv_heads, args.head_dim) < 1 or args.heads % args.kv_heads:
-        parser.error(f"--kv-heads must be at least 1 and divide --heads {args.heads}, got {args.kv_heads}; --head-dim >= 1")
+    if device.type == "meta":
+        parser.error(f"--device {args.device}: it computes nothing")
+    for name in ("heads", "kv_heads", "head_dim"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.heads % args.kv_heads:
+        parser.error(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
     dtype = DTYPE_NAMES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     shape, config = LayerShape(args.heads, args.kv_heads, args.head_dim, dtype), FlashPrefillConfig(selector=args.selector)
     timed = functools.partial(time_attention, shape, device, config)
@@ -82,11 +95,10 @@ def main(argv: list[str]) -> int:
         tell(length, *times)
         return times
 
+    if args.max_seq_len is not None and args.max_seq_len < GPU_LENGTHS[0]:
+        parser.error(f"--max-seq-len must be at least {GPU_LENGTHS[0]}, got {args.max_seq_len}")
     print(HEADER)
-    try:
-        measured = measure_crossover(shape, device, config, max_seq_len=args.max_seq_len, time_length=timed_and_told)
-    except ValueError as error:
-        parser.error(str(error))
+    measured = measure_crossover(shape, device, config, max_seq_len=args.max_seq_len, time_length=timed_and_told)
     found = "no length timed" if measured.tokens is None else f"{measured.tokens} tokens"
     print(f"sparse prefill pays from: {found}\nkept in {cache_file()}")
     print(json.dumps({"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim} | vars(measured)))

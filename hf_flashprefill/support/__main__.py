@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from transformers.utils import logging
@@ -16,8 +17,15 @@ from .situations import SITUATIONS
 from .table import render
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake ends in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hf_flashprefill.support", description=__doc__)
+    parser = Parser(prog="python -m hf_flashprefill.support", description=__doc__)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), metavar="BASE")
     parser.add_argument("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS), metavar="SITUATION")
