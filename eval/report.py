@@ -223,36 +223,35 @@ def describe_run(record: dict, path: Path) -> str:
     return " · ".join(str(part) for part in parts if part)
 
 
-def section(path: Path, record: dict, anchor: str, folder: Path) -> str:
-    """HTML of one file; its pictures are also written to ``folder``."""
+def section(path: Path, record: dict, anchor: str) -> tuple[str, dict[str, bytes]]:
+    """HTML of one file, and its pictures by file name."""
     kind = KINDS[record["harness"]]
     try:
         table, drawn = kind.table(record), kind.pictures(record)
     except (KeyError, TypeError, IndexError) as error:
         raise common.UsageError(f"{path}: not a result of eval.{record['harness']} ({error!r})") from None
-    figures = []
+    figures, files = [], {}
     for picture in drawn:
         file = io.BytesIO()
         picture.figure.savefig(file, format="png", dpi=160)
-        (folder / f"{anchor}-{picture.name}.png").write_bytes(file.getvalue())
+        files[f"{anchor}-{picture.name}.png"] = file.getvalue()
         data, caption = base64.b64encode(file.getvalue()).decode(), html.escape(picture.caption)
         width = round(picture.figure.get_figwidth() * 96)
         image = f'<img src="data:image/png;base64,{data}" width="{width}" alt="{caption}">'
         figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    return (
+    text = (
         f'<h2 id="{anchor}">{html.escape(kind.title)}</h2>\n<p>{html.escape(kind.intro)}</p>\n'
         f'<p class="run">{html.escape(describe_run(record, path))}</p>\n'
         f"{''.join(figures)}\n<pre>{html.escape(table)}</pre>\n"
     )
+    return text, files
 
 
-def page(paths: list[Path], output: Path) -> str:
-    """The whole page; pictures go to a folder named after ``output``."""
+def page(paths: list[Path]) -> tuple[str, dict[str, bytes]]:
+    """The whole page, and the pictures in it by file name."""
     records = [(path, read_record(path)) for path in paths]
     records.sort(key=lambda entry: list(KINDS).index(entry[1]["harness"]))
-    folder = output.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    links, sections = [], []
+    links, sections, files = [], [], {}
     used: Counter[str] = Counter()
     for path, record in records:
         anchor = f"{record['harness']}-{re.sub('[^A-Za-z0-9.]+', '-', path.stem)}"
@@ -262,12 +261,15 @@ def page(paths: list[Path], output: Path) -> str:
         alone = sum(other["harness"] == record["harness"] for _, other in records) == 1
         label = KINDS[record["harness"]].title + ("" if alone else f" ({path.stem})")
         links.append(f'<a href="#{anchor}">{html.escape(label)}</a>')
-        sections.append(section(path, record, anchor, folder))
-    return (
+        text, drawn = section(path, record, anchor)
+        sections.append(text)
+        files |= drawn
+    text = (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>hf_flashprefill report</title>\n'
         f"<style>{STYLE}</style></head>\n<body>\n<h1>What sparse prefill costs and gains</h1>\n<nav>{''.join(links)}</nav>\n"
         f"{''.join(sections)}</body>\n</html>\n"
     )
+    return text, files
 
 
 def main(argv: list[str]) -> int:
@@ -279,9 +281,13 @@ def main(argv: list[str]) -> int:
         raise common.UsageError(f"--output must end in .html, got {args.output}")
     common.check_writable(args.output)
     common.check_writable(args.output.with_suffix("") / "picture.png")
-    text = page(args.results, args.output)
+    text, files = page(args.results)
+    folder = args.output.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     args.output.write_text(text, encoding="utf-8")
-    print(f"wrote {args.output} and its pictures to {args.output.with_suffix('')}")
+    print(f"wrote {args.output} and its pictures to {folder}")
     return 0
 
 

@@ -199,6 +199,16 @@ def test_mistakes_end_in_one_line_and_status_2(content, arguments, message, tmp_
     assert message in error[0]
 
 
+def test_a_bad_file_after_a_good_one_leaves_nothing(tmp_path):
+    """Those of ttft are rendered after those of ruler."""
+    for name, content in (("ruler", MADE["ruler"]), ("ttft", {"rows": [{}]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"harness": name, **RUN, **content}))
+    results = [str(tmp_path / "ruler.json"), str(tmp_path / "ttft.json")]
+    with pytest.raises(common.UsageError, match=r"ttft.json: not a result of eval\.ttft"):
+        report.main([*results, "--output", str(tmp_path / "report.html")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ruler.json", "ttft.json"]
+
+
 def test_a_browser_shows_it(page, tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
