@@ -228,7 +228,8 @@ def section(path: Path, record: dict, anchor: str) -> tuple[str, dict[str, bytes
     kind = KINDS[record["harness"]]
     try:
         table, drawn = kind.table(record), kind.pictures(record)
-    except (KeyError, TypeError, IndexError) as error:
+    # What a missing or another value leads to, in the tables here or in matplotlib.
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise common.UsageError(f"{path}: not a result of eval.{record['harness']} ({error!r})") from None
     figures, files = [], {}
     for picture in drawn:

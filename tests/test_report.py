@@ -185,6 +185,8 @@ def test_lines_hold_the_values_of_the_rows():
         ("[]", [], "harness must be one of"),
         ('{"harness": "recall", "rows": []}', [], "there are no rows"),
         ('{"harness": "recall", "rows": [{}], "summary": [{}]}', [], "not a result of eval.recall"),
+        ('{"harness": "ruler", "rows": [{}], "summary": []}', [], "not a result of eval.ruler"),
+        ('{"harness": "ttft", "rows": [1]}', [], "not a result of eval.ttft"),
         ("{}", ["--output", "report.pdf"], "--output must end in .html"),
     ],
 )
