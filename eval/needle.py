@@ -1,6 +1,6 @@
 """Needle in a haystack: does a patched model still find one sentence in a long prompt?
 
-    python -m eval.needle                                   # the bundled model, about two minutes on two CPU cores
+    python -m eval.needle                                   # the bundled model, 3 to 10 minutes on a CPU
     python -m eval.needle --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 131072
     accelerate launch --num_processes 8 -m eval.needle --model Qwen/Qwen3-8B --lengths 65536
 
