@@ -110,11 +110,10 @@ def main(argv: list[str]) -> int:
             held_out += made[count:]
         options = {"target": args.target, "rows": args.rows, "every_head": args.every_head}
         found = calibrate(model, fitting, config=config, held_out=held_out, **options)
-    except ValueError as error:
-        # What else can be wrong has been looked at.
-        raise common.UsageError(f"--lengths: {common.first_line(error)}") from None
-    except UnsupportedModelError as error:
-        raise common.UsageError(common.first_line(error)) from None
+    except (UnsupportedModelError, ValueError) as error:
+        message = common.first_line(error)
+        about_lengths = message.startswith(("length ", "prompts ", "the text "))
+        raise common.UsageError(f"--lengths: {message}" if about_lengths else message) from None
     rows = [asdict(layer) for layer in found.layers]
     place, identity = recording.environment(model.device), recording.model_record(args.model, model)
     arguments, summary = recording.recorded_arguments(args), summarise(found)

@@ -235,7 +235,7 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
         return _random_model(name.removeprefix("shape:"), target, dtype)
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise UsageError(f"--model {name}: there is no such folder")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise UsageError(f"--model {name}: there is no model in this folder, it has no config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
