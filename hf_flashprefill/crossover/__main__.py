@@ -16,10 +16,10 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import torch
 
+from ..command_line import Parser
 from ..config import SELECTORS, FlashPrefillConfig
 from ..functional import DTYPES
 from .known import LayerShape, cache_file
@@ -27,13 +27,6 @@ from .measure import GPU_LENGTHS, assumed_density, chunk_lengths, measure_crosso
 
 HEADER = " tokens  density  dense ms sparse ms  speed-up"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake ends in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from transformers.utils import logging
 
+from ..command_line import Parser
 from .families import FAMILIES
 from .matrix import BASES, check_column, columns
 from .situations import SITUATIONS
 from .table import render
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake ends in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
