@@ -11,6 +11,6 @@ import torch
 @contextlib.contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """For a ``with`` block, no gradients and no autocast, which would round what is meant to be multiplied in float32."""
-    has_autocast = torch.amp.is_autocast_available(device.type)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
+    is_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_autocast else contextlib.nullcontext():
         yield

@@ -95,7 +95,7 @@ def prefill_attention(
     Raises:
         UnsupportedModelError: The layer does not fit; of a model that was loaded by the name of ``register_attention``.
     """
-    if not has_record(module) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not has_record(module):
         misfit = misfit_of_layer(module, settings.base)
         if misfit is not None:
             raise UnsupportedModelError(misfit)
@@ -193,7 +193,9 @@ def dense_reason(
     if dropout:
         return "dropout"
     asks_for_weights = kwargs.get("output_attentions")
-    if getattr(module.config, "output_attentions", False) if asks_for_weights is None else asks_for_weights:
+    if asks_for_weights is None:
+        asks_for_weights = getattr(getattr(module, "config", None), "output_attentions", False)
+    if asks_for_weights:
         return "output_attentions"
     if not isinstance(attention_mask, CausalMask):
         return COMPILED_MASK if torch.compiler.is_compiling() else "mask is not plain causal"

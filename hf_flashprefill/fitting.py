@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -36,12 +37,24 @@ def source_of(cls: type) -> str:
     return "\n".join(source for _, source in _sources(cls))
 
 
-@functools.cache
+# What ``eager_attention_of`` found. A graph can look it up, but cannot read sources.
+_EAGER_ATTENTION: dict[type, Callable[..., Any] | None] = {}
+
+
 def eager_attention_of(cls: type) -> Callable[..., Any] | None:
     """The function that layers of this class call for "eager", which is no registered name: each modelling file brings its own.
 
     None if there is none that can be called in the layer's place.
     """
+    if cls not in _EAGER_ATTENTION:
+        if torch.compiler.is_compiling():
+            # Of a model that was unpickled and compiled at once.
+            return getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        _EAGER_ATTENTION[cls] = _find_eager_attention(cls)
+    return _EAGER_ATTENTION[cls]
+
+
+def _find_eager_attention(cls: type) -> Callable[..., Any] | None:
     for each, source in _sources(cls):
         for name in re.findall(r"\b\w*eager_attention_forward\b", source):
             function = getattr(sys.modules.get(each.__module__), name, None)

@@ -176,6 +176,22 @@ def test_counts_begun_under_inference_mode_go_on_without():
     assert prefill_stats(model).sparse_calls == 6
 
 
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+@torch.no_grad()
+def test_compiled_short_prompts_stay_dense_in_one_graph(base, monkeypatch):
+    model = tiny_model(implementation=base)
+    expected = model(prompt(length=40)).logits
+    patch_model(model)
+    for found in (None, {}):
+        if found is not None:
+            # As in a fresh process that unpickles the model.
+            monkeypatch.setattr("hf_flashprefill.fitting._EAGER_ATTENTION", found)
+            torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert_same_output(compiled(prompt(length=40)).logits, expected)
+    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 4}
+
+
 @torch.no_grad()
 def test_compiled_padding_stays_dense_and_counted():
     model = patch_model(tiny_model(), alpha=0, **SETTINGS)
