@@ -95,7 +95,8 @@ def prefill_attention(
     Raises:
         UnsupportedModelError: The layer does not fit; of a model that was loaded by the name of ``register_attention``.
     """
-    if not torch.compiler.is_compiling() and not has_record(module):
+    # Vision towers of a model that was loaded by name come here, too, and never get a mask of ours.
+    if not torch.compiler.is_compiling() and not has_record(module) and hasattr(module, "layer_idx"):
         misfit = misfit_of_layer(module, settings.base)
         if misfit is not None:
             raise UnsupportedModelError(misfit)
@@ -169,6 +170,8 @@ def dense_reason(
     query_len = query.shape[2]
     if query_len == 1:
         return "decode"
+    if query.device.type == "meta":
+        return "meta device"
     shape = LayerShape(query.shape[1], key.shape[1], query.shape[3], query.dtype)
     # Any other mask may be that of a call that was found too short before.
     key_len = attention_mask.shape[1] if isinstance(attention_mask, CausalMask) else query_len

@@ -64,8 +64,8 @@ class BlockIndex:
             ValueError: A list is too long, unsorted, repeats or leaves out its own block, or looks into the future.
         """
         visible = self.visible_counts()[:, None]
-        if ((self.counts < 0) | (self.counts > visible)).any():
-            raise ValueError("counts must lie between 0 and the number of causally visible blocks")
+        if ((self.counts < 0) | (self.counts > visible) | (self.counts > self.indices.shape[-1])).any():
+            raise ValueError("counts must lie between 0 and the number of causally visible blocks, all of them in indices")
         if ((self.counts == 0) != (visible == 0)).any():
             raise ValueError("counts must be 0 exactly where a query block holds no valid query")
         position = torch.arange(self.indices.shape[-1], device=self.counts.device)

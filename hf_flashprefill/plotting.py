@@ -103,7 +103,8 @@ def plot_density(stats: PrefillStats, ax: Axes | None = None) -> Axes:
     heads = max((len(layer.head_density) for layer in stats.layers), default=0)
     if heads == 0:
         raise ValueError("stats must hold a layer that ran sparse; see stats.dense_calls for the reasons")
-    grid = [layer.head_density or [float("nan")] * heads for layer in stats.layers]
+    # Layers may have fewer heads than others.
+    grid = [layer.head_density + [float("nan")] * (heads - len(layer.head_density)) for layer in stats.layers]
     ax = _axes(ax, (1.5 + 0.32 * heads, 1.2 + 0.28 * len(grid)))
     image = ax.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
     if heads * len(grid) <= 128:

@@ -99,11 +99,12 @@ def warmup(model: nn.Module, max_seq_len: int | None = None, *, probe: bool = Tr
 
 def _layer_kinds(part: _SeamPart, config: FlashPrefillConfig) -> Iterator[LayerKind]:
     """The kind of every layer that can run sparse, as far as modules tell."""
-    heads = part.config.num_attention_heads
     processes = getattr(part.model, "tp_size", None) or 1
     for module in part.attention_modules():
-        head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
-        if module.layer_idx in config.dense_layers or getattr(module, "v_head_dim", head_dim) != head_dim:
+        dims = [getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "head_size")]
+        head_dim = next((dim for dim in dims if dim), None)
+        heads = _heads_of(module)
+        if heads is None or module.layer_idx in config.dense_layers or getattr(module, "v_head_dim", head_dim) != head_dim:
             continue
         kv_heads = heads // getattr(module, "num_key_value_groups", 1)
         shards = processes if kv_heads % processes == 0 else 1
@@ -111,7 +112,21 @@ def _layer_kinds(part: _SeamPart, config: FlashPrefillConfig) -> Iterator[LayerK
         if head_dim is None or dtype not in DTYPES or device.type == "meta":
             continue
         shape = LayerShape(heads // shards, kv_heads // shards, head_dim, dtype)
-        yield LayerKind(shape, device, getattr(module, "sliding_window", None), getattr(module, "sinks", None) is not None)
+        windows = [getattr(module, "sliding_window", None)]
+        if not hasattr(module, "sliding_window") and getattr(module.config, "sliding_window", None) is not None:
+            # Mistral's and Phi-3's layers ask the config at each call. Shorter prompts have no window.
+            windows.append(module.config.sliding_window)
+        for window in windows:
+            yield LayerKind(shape, device, window, getattr(module, "sinks", None) is not None)
+
+
+def _heads_of(module: nn.Module) -> int | None:
+    """Query heads of a layer, or None if neither it nor its config tells."""
+    try:
+        return module.config.num_attention_heads
+    except RuntimeError:
+        # They differ between layers.
+        return getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
 
 
 def _device_and_dtype(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -158,7 +173,7 @@ def _crossover_source(kind: LayerKind, config: FlashPrefillConfig, max_seq_len: 
         return "given"
     lengths = lengths_to_time(kind.device, max_seq_len)
     known = known_crossover(rule_of(config), kind.shape, kind.device)
-    if known is not None and (known.tokens is not None or not lengths or known.longest >= lengths[-1]):
+    if known is not None and (known.is_lasting or not lengths or known.longest >= lengths[-1]):
         return "known"
     if probe and lengths and config.backend != "reference":
         measure_crossover(kind.shape, kind.device, config, max_seq_len=max_seq_len)

@@ -37,7 +37,7 @@ def test_parts_join_to_the_whole():
     assert rest.visible_total() == sum(range(5, 11))
 
 
-@pytest.mark.parametrize("fault", ["future", "unsorted", "own missing", "too long", "empty"])
+@pytest.mark.parametrize("fault", ["future", "unsorted", "own missing", "too long", "longer than its room", "empty"])
 def test_validate_finds(fault):
     geometry = PrefillGeometry(1, 256, 256, 0, 64)
     index = BlockIndex.from_mask(torch.ones(4, 4, dtype=torch.bool).tril()[None, None], geometry)
@@ -50,6 +50,12 @@ def test_validate_finds(fault):
         counts[0, 0, 3] = 2
     elif fault == "too long":
         counts[0, 0, 0] = 2
+    elif fault == "longer than its room":
+        # What is beyond would be read from the next list.
+        indices = torch.cat([indices[..., :1], indices[..., 3:]], -1)
+        indices[0, 0, 3] = torch.tensor([0, 3])
+        indices[0, 0, 2] = torch.tensor([0, 2])
+        counts[0, 0] = torch.tensor([1, 2, 3, 2])
     else:
         counts[0, 0, 1] = 0
     with pytest.raises(ValueError, match=r"counts|indices|list"):

@@ -176,6 +176,23 @@ def test_counts_begun_under_inference_mode_go_on_without():
     assert prefill_stats(model).sparse_calls == 6
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_exported_models_give_the_numbers_of_the_unpatched(strict):
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids).logits
+
+    model = tiny_model()
+    expected = model(prompt()).logits
+    exported = torch.export.export(Logits(patch_model(model, alpha=0, **SETTINGS)), (prompt(),), strict=strict)
+    assert_same_output(exported.module()(prompt()), expected)
+
+
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 @torch.no_grad()
 def test_compiled_short_prompts_stay_dense_in_one_graph(base, monkeypatch):

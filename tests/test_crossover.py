@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,10 +121,44 @@ def test_what_another_process_added_is_kept(cache):
     assert len(json.loads(cache.read_text())) == 3
 
 
+def test_a_file_that_cannot_be_read_is_left_alone(cache, monkeypatch):
+    """Not by root, who may read everything: the error is made."""
+    known.remember(RULE, SHAPE, CPU, measured(3072))
+    before, read = cache.read_bytes(), Path.read_text
+    known.reload()
+
+    def refused(path, **options):
+        if path == cache:
+            raise PermissionError(13, "Permission denied")
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.warns(UserWarning, match="cannot be read from .*crossover.json"):
+        assert answer() == 8192
+    with pytest.warns(UserWarning, match="cannot be kept in .*crossover.json"):
+        known.remember(RULE, LLAMA, CPU, measured(4096))
+    assert cache.read_bytes() == before
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_entries_of_other_versions_are_kept(cache):
+    known.remember(RULE, SHAPE, CPU, measured(3072))
+    content = json.loads(cache.read_text())
+    content["later"] = {"tokens": 3, "longest": 9, "exhausted": True, "timings": [], "batch": 4}
+    cache.write_text(json.dumps(content))
+    known.reload()
+    with pytest.warns(UserWarning, match="the rest is ignored"):
+        assert answer() == 3072
+    known.remember(RULE, LLAMA, CPU, measured(4096))
+    assert json.loads(cache.read_text())["later"] == content["later"]
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 3}', b'{"a": {"tokens": 3}}']
-    + [b'{"a": {"tokens": %s, "longest": 9, "exhausted": true}}' % tokens for tokens in (b'"4"', b"0", b"true", b"1.5")],
+    [b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 3}', b'{"a": {"tokens": 3}}', b"[" * 100_000]
+    + [b'{"a": {"tokens": %s, "longest": 9, "exhausted": true}}' % tokens for tokens in (b'"4"', b"0", b"true", b"1.5")]
+    + [b'{"a": {"tokens": null, "longest": 9, "exhausted": "false"}}'],
+    ids=range(12),
 )
 def test_a_corrupt_file_is_ignored_with_one_warning_and_replaced(content, cache):
     cache.parent.mkdir()
@@ -388,8 +423,8 @@ def test_where_sparse_never_wins_a_model_stays_dense(seen):
 
 @torch.no_grad()
 def test_nothing_reads_the_file_twice(monkeypatch):
-    reads, read = [], known._read
-    monkeypatch.setattr(known, "_read", lambda path: reads.append(path) or read(path))
+    reads, read = [], known._load
+    monkeypatch.setattr(known, "_load", lambda path: reads.append(path) or read(path))
     model = patch_model(tiny_model(), config=AUTO)
     for length in (90, 100, 110):
         model(prompt(length=length))

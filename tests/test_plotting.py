@@ -99,6 +99,11 @@ def test_density_of_a_model(recall_model):
     assert pixels(ax).flatten(0, 1).unique(dim=0).shape[0] > 100
 
 
+def test_layers_may_have_fewer_heads_than_others():
+    ax = plot_density(PrefillStats([LayerStats(0, 1, {}, 0.5, [0.5] * 2), LayerStats(1, 1, {}, 0.5, [0.5] * 4)]))
+    assert len(ax.texts) == 6
+
+
 def test_full_layers_are_dark_and_empty_ones_light():
     def blue(value):
         picture = pixels(plot_density(PrefillStats([LayerStats(0, 1, {}, value, [value] * 200)])))

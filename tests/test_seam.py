@@ -7,6 +7,7 @@ import torch
 
 import hf_flashprefill.attention as seam
 from hf_flashprefill import patch_model, patched, prefill_stats, unpatch_model
+from hf_flashprefill.support.families import FAMILIES
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH, PADDED, SITUATIONS, padding, prompt
 from tests.inputs import tiny_model
@@ -235,3 +236,21 @@ def test_attention_layers_subclassed_elsewhere():
     patch_model(model, **SETTINGS)
     assert torch.equal(model(prompt(length=31)).logits, expected)
     assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 2}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@torch.no_grad()
+def test_short_prompts_of_every_family_with_the_default_settings(family):
+    """The matrix sets min_seq_len; "auto" asks the model's config for its shape, which not every one tells."""
+    model = tiny_or_skip(family, "eager")
+    expected = model(prompt(length=40)).logits
+    patch_model(model)
+    assert_same_output(model(prompt(length=40)).logits, expected)
+    assert set(prefill_stats(model).dense_calls) == {"shorter than min_seq_len"}
+
+
+@torch.no_grad()
+def test_tensors_without_data_stay_dense():
+    model = patch_model(tiny_model().to("meta"), alpha=0, **SETTINGS)
+    assert model(prompt().to("meta")).logits.shape[:2] == (1, LENGTH)
+    assert prefill_stats(model).dense_calls == {"meta device": 2}

@@ -125,8 +125,12 @@ def test_the_model_its_statistics_and_random_numbers_stay_as_they_are():
         ("gpt_oss", "eager", [(SHAPE, 64, True), (SHAPE, None, True)]),
         # Values narrower than keys stay dense.
         ("deepseek_v3", "sdpa", []),
-        # One projection for all three.
-        ("phi3", "sdpa", [(SHAPE._replace(head_dim=16), None, False)]),
+        # One projection for all three; the config has the window, which only longer prompts are cut by.
+        ("phi3", "sdpa", [(SHAPE._replace(head_dim=16), None, False), (SHAPE._replace(head_dim=16), 513, False)]),
+        ("mistral", "sdpa", [(SHAPE, None, False), (SHAPE, 64, False)]),
+        # Its layers call it head_size.
+        ("gpt_neox", "sdpa", [(LayerShape(4, 4, 16, torch.float32), None, False)]),
+        ("gemma4", "sdpa", [(SHAPE, 64, False), (SHAPE._replace(head_dim=64), None, False)]),
         # One layer of two is linear attention.
         ("qwen3_next", "sdpa", [(SHAPE, None, False)]),
         ("qwen2_5_vl", "sdpa", [(SHAPE._replace(head_dim=16), None, False)]),
@@ -141,7 +145,8 @@ def test_each_kind_of_layer_is_met(family, base, kinds, operator_calls):
     assert len(report.layers) == len(kinds)
     assert len(operator_calls) == 4 * len(kinds)
     for number, (shape, window, has_sinks) in enumerate(kinds):
-        query, key, _, sliding_window, sinks, dtype = operator_calls[4 * number]
+        # Of a chunk after a cache, which has the most keys.
+        query, key, _, sliding_window, sinks, dtype = operator_calls[4 * number + 2]
         assert LayerShape(query[1], key[1], query[3], dtype) == shape
         assert (sliding_window, sinks) == (window, has_sinks)
 

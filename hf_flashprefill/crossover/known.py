@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 import threading
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,8 @@ from ..config import AUTO, FlashPrefillConfig
 # and 2 heads, head_dim 64, float32: 512 queries of 65536 keys, which count as 8176 tokens, 1.11 times the dense time; chunks of
 # 1024 to 4096 queries that count as 8192 tokens or more .26 to .74 (chunks-2026-11-29-cpu.txt).
 LEAST_CHUNK = 1024
+# Lengths in a row at which sparse must win.
+WINS = 3
 # More tokens than any prompt has.
 NEVER = 1 << 40
 # What a measurement leaves out, it holds for; these settings decide what the operator costs.
@@ -70,6 +71,11 @@ class Crossover:
     longest: int
     exhausted: bool
     timings: list[list[float]] = field(default_factory=list)
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether so many lengths were faster in a row that longer prompts change nothing; one could be a matter of noise."""
+        return self.tokens is not None and sum(timing[0] >= self.tokens for timing in self.timings) >= WINS
 
     def min_seq_len(self, unmeasured: int) -> int:
         """Tokens from which on to run sparse; ``unmeasured`` is the table's answer where this has none."""
@@ -118,9 +124,13 @@ def min_seq_len_of_model(config: FlashPrefillConfig, model_config: Any, dtype: t
     """
     if config.min_seq_len != AUTO:
         return config.min_seq_len
-    heads = getattr(model_config, "num_attention_heads", None)
-    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(model_config, "head_dim", None)
+    try:
+        heads = getattr(model_config, "num_attention_heads", None)
+        kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
+        head_dim = getattr(model_config, "head_dim", None)
+    except RuntimeError:
+        # It differs between layers, as Gemma 4's head_dim.
+        return 0
     if head_dim is None and isinstance(heads, int):
         head_dim = getattr(model_config, "hidden_size", 0) // heads
     if not all(isinstance(number, int) for number in (heads, kv_heads, head_dim)):
@@ -195,9 +205,8 @@ def remember(rule: tuple, shape: LayerShape, device: torch.device, measured: Cro
         known[measurement_key(rule, shape, device)] = measured
         _forget_answers()
         try:
-            # What other processes have added since it was read.
-            known = _read(cache_file()) | known
-            _write(cache_file(), known)
+            # With what other processes have added since it was read, other versions of this package among them.
+            _write(cache_file(), _load(cache_file()) | {key: asdict(entry) for key, entry in known.items()})
         except OSError as error:
             _warn_once(f"measurements of min_seq_len cannot be kept in {cache_file()} ({error}); this process uses them")
 
@@ -211,17 +220,17 @@ def reload() -> None:
 def measurement_key(rule: tuple, shape: LayerShape, device: torch.device) -> str:
     """What a measurement holds for, readable and without anything that changes from run to run."""
     settings = ", ".join(f"{name} {value}" for name, value in zip(RULE_FIELDS, rule, strict=True))
-    return f"{_machine(device)}; {shape}; {settings}"
+    return f"{_machine(device, torch.get_num_threads())}; {shape}; {settings}"
 
 
 @functools.cache
-def _machine(device: torch.device) -> str:
+def _machine(device: torch.device, threads: int) -> str:
     from .. import __version__
 
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{device.type} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+        name = f"{device.type} {torch.backends.cpu.get_cpu_capability()} {threads} threads"
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -234,7 +243,11 @@ _LOCK = threading.Lock()
 
 @functools.cache
 def _measurements() -> dict[str, Crossover]:
-    return _read(cache_file())
+    try:
+        return _entries(_load(cache_file()))
+    except OSError as error:
+        _warn_once(f"measurements of min_seq_len cannot be read from {cache_file()} ({error})")
+        return {}
 
 
 def _forget_answers() -> None:
@@ -242,38 +255,55 @@ def _forget_answers() -> None:
     _least_of_shards.cache_clear()
 
 
-def _read(path: Path) -> dict[str, Crossover]:
-    """All measurements in the file; none, and one warning, if it cannot be read."""
+def _load(path: Path) -> dict[str, Any]:
+    """What the file holds, by key; nothing if it is not there, and nothing and one warning if it holds something else.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {key: _checked(Crossover(**entry)) for key, entry in content.items()}
+        if not isinstance(content, dict):
+            raise TypeError(f"a {type(content).__name__}")
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         _warn_once(f"{path} is not a file of measurements of min_seq_len ({error}); it is ignored")
         return {}
+    return content
+
+
+def _entries(content: dict[str, Any]) -> dict[str, Crossover]:
+    """The measurements among what a file holds; one warning if there is anything else."""
+    entries = {}
+    for key, entry in content.items():
+        try:
+            entries[key] = _checked(Crossover(**entry))
+        except (ValueError, TypeError) as error:
+            _warn_once(f"{cache_file()} is not a file of measurements of min_seq_len alone ({error}); the rest is ignored")
+    return entries
 
 
 def _checked(entry: Crossover) -> Crossover:
     numbers = [entry.longest] if entry.tokens is None else [entry.longest, entry.tokens]
     if any(isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in numbers):
         raise ValueError(f"tokens and longest must be whole numbers >= 1, got {entry.tokens!r} and {entry.longest!r}")
+    if not isinstance(entry.exhausted, bool) or not isinstance(entry.timings, list):
+        raise TypeError(f"exhausted must be true or false and timings a list, got {entry.exhausted!r} and {entry.timings!r}")
     return entry
 
 
-def _write(path: Path, measurements: dict[str, Crossover]) -> None:
-    """Replace the file at once, so that nobody ever reads half of it."""
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file at once, so that nobody ever reads half of it. Others may read it as far as the umask lets them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(asdict(measured))}" for key, measured in sorted(measurements.items()))
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            file.write(f"{{\n{lines}\n}}\n")
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in sorted(content.items()))
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        part.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from ..block_index import BlockIndex
 from ..config import FlashPrefillConfig
 from ..functional import pool_inputs, resolve_backend, selecting_backend, selection_rule
 from ..geometry import PrefillGeometry
-from .known import Crossover, LayerShape, remember, rule_of
+from .known import WINS, Crossover, LayerShape, remember, rule_of
 
 # What the FlashPrefill papers report for Llama-3.1-8B and Qwen3-30B-A3B, by length in tokens.
 PUBLISHED_DENSITY = {4096: 0.70, 8192: 0.46, 16384: 0.29, 32768: 0.176, 65536: 0.10, 131072: 0.06, 262144: 0.041}
@@ -29,8 +29,6 @@ PUBLISHED_DENSITY = {4096: 0.70, 8192: 0.46, 16384: 0.29, 32768: 0.176, 65536: 0
 # Tokens. On a CPU attention beyond these takes longer than anybody waits for a probe.
 GPU_LENGTHS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)
 CPU_LENGTHS = GPU_LENGTHS[:9]
-# Lengths in a row at which sparse must win; one could be a matter of noise.
-WINS = 3
 # Sparse must take at most this share of the dense time: what a layer does around the operator is not timed.
 MARGIN = 0.95
 # Seconds to spend on each figure, beyond the fewest runs that make a median.

@@ -68,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Its last two layers share the keys of the first two, and see only the queries whose logits are kept.
     "gemma4": {
         "head_dim": 32,
-        "global_head_dim": 32,
+        "global_head_dim": 64,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "sliding_window": WINDOW,

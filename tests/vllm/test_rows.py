@@ -49,8 +49,9 @@ def test_rows_as_runner_v1_orders_them():
         ([99], [1000], {"shorter than min_query_len": 1}),
         ([1, 0, 0], [9, 0, 0], {"decode": 1}),
         ([500, 1], None, {"sequence lengths unknown to the host": 1, "decode": 1}),
+        ([5001, 1], [5000, 9], {"more queries than tokens": 1, "decode": 1}),
     ],
-    ids=["decode", "verification", "short-sequence", "short-query", "padding", "no-host-lengths"],
+    ids=["decode", "verification", "short-sequence", "short-query", "padding", "no-host-lengths", "draft"],
 )
 def test_batches_without_long_rows_stay_whole(query_lens, seq_lens, reasons):
     divided = plan(query_lens, seq_lens)

@@ -79,8 +79,11 @@ def plan_rows(
     if seq_lens is None:
         dense_rows["sequence lengths unknown to the host"] = int(wide.sum())
     else:
-        long = wide & (seq_lens >= min_seq_len)
-        dense_rows["shorter than min_seq_len"] = int((wide & ~long).sum())
+        # A draft model's rows may hold more queries than the host knows tokens of.
+        whole = query_lens <= seq_lens
+        long = wide & whole & (seq_lens >= min_seq_len)
+        dense_rows["more queries than tokens"] = int((wide & ~whole).sum())
+        dense_rows["shorter than min_seq_len"] = int((wide & whole & ~long).sum())
     if dense_reason is not None:
         dense_rows[dense_reason] = int(long.sum())
         long = torch.zeros_like(long)
