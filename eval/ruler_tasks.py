@@ -1,6 +1,6 @@
 """The thirteen RULER tasks (arXiv 2404.06654), generated here from their published definitions.
 
-A task makes a sample from a random generator and an amount (sentences, words, documents): its prompt, the beginning of the
+A task makes a sample from a random generator and an amount (words, lines, documents): its prompt, the beginning of the
 answer that the published templates put into the model's mouth, and the strings expected in what follows. `fit_amount` finds
 the amount that fills a length.
 
@@ -156,9 +156,13 @@ def _needle_sample(context: str, query: str, kind: str, expected: list[str]) -> 
 
 
 def _stretch(sentences: Sequence[str], amount: int, random: Random) -> list[str]:
-    """Consecutive sentences from a random place on, from the start again after the end."""
-    start = random.randrange(len(sentences))
-    return [sentences[(start + i) % len(sentences)] for i in range(amount)]
+    """Consecutive sentences of ``amount`` words, the last cut short, from a random one on, from the first after the end."""
+    start, stretch = random.randrange(len(sentences)), []
+    while amount > 0:
+        words = sentences[(start + len(stretch)) % len(sentences)].split(" ")
+        stretch.append(" ".join(words[:amount]))
+        amount -= len(words)
+    return stretch
 
 
 def _insert_at_depths(sentences: list[str], inserted: list[str], random: Random) -> list[str]:
@@ -316,8 +320,7 @@ def fit_amount(task: Task, sources: Sources, count_tokens: Callable[[Sample], in
 
     if room(task.least) < 0:
         raise ValueError(f"length must be at least {length - room(task.least)} tokens for this task, got {length}")
-    # No amount's unit is shorter than a token.
-    most = min(length, task.most(sources)) if task.most else length
+    most = _most(task, sources, length)
     low, high = task.least, 2 * task.least
     while high <= most and room(high) >= 0:
         low, high = high, 2 * high
@@ -329,12 +332,27 @@ def fit_amount(task: Task, sources: Sources, count_tokens: Callable[[Sample], in
     return low
 
 
+def _most(task: Task, sources: Sources, length: int) -> int:
+    """The largest amount that may fit: no amount's unit is shorter than a token."""
+    return min(length, task.most(sources)) if task.most else length
+
+
 def make_sample(
     task: Task, sources: Sources, count_tokens: Callable[[Sample], int], length: int, amount: int, seed: str
 ) -> Sample:
-    """The sample of a seed, of ``amount`` or as much less as makes it fit into ``length`` tokens."""
+    """The sample of a seed with as much as fills ``length`` tokens to 98 % or more, if the task's units and sources allow
+    that; if not even the least fits, that. ``amount`` is where the search begins."""
+    most, fitting = _most(task, sources, length), None
+    low, high = task.least - 1, most + 1
     while True:
         sample = task.sample(seed, amount, sources, length)
-        if amount <= task.least or count_tokens(sample) + task.new_tokens <= length:
-            return sample
-        amount = max(task.least, amount - max(1, amount // 50))
+        used = count_tokens(sample) + task.new_tokens
+        if used <= length:
+            low, fitting = amount, sample
+        else:
+            high = amount
+        if high - low <= 1 or 0.98 * length <= used <= length:
+            return fitting or sample
+        between = fitting is not None and high <= most
+        guess = (low + high) // 2 if between else int(amount * 0.99 * length / used)
+        amount = min(max(guess, low + 1), high - 1)
