@@ -15,7 +15,7 @@ import math
 import re
 import string
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -104,6 +104,13 @@ def _value(kind: str, random: Random, words: Sequence[str]) -> str:
     return random.choice(words) if kind == "words" else str(uuid.UUID(int=random.getrandbits(128), version=4))
 
 
+def _key(kind: str, random: Random, words: Sequence[str], hidden: Container[str]) -> str:
+    """A key that is not hidden: nobody asks for it."""
+    while (key := _value(kind, random, words)) in hidden:
+        pass
+    return key
+
+
 def needles(
     haystack: Literal["noise", "essay", "needles"],
     keys: str = "words",
@@ -128,7 +135,7 @@ def needles(
         else:
             made = [NOISE] * amount
             if haystack == "needles":
-                pairs = [(_value(keys, random, words), _value(values, random, words)) for _ in range(amount)]
+                pairs = [(_key(keys, random, words, hidden), _value(values, random, words)) for _ in range(amount)]
                 made = [NEEDLE.format(kind=values, key=key, value=value) for key, value in pairs]
             for place in sorted(random.sample(range(amount), total), reverse=True):
                 made.insert(place, sentences.pop())

@@ -89,6 +89,15 @@ def test_every_sample_fills_its_length(name):
         assert 0.98 * length <= count(made) + task.new_tokens <= length
 
 
+def test_the_key_asked_for_has_one_value(monkeypatch):
+    """Few keys, so that many of those between are drawn that are hidden."""
+    monkeypatch.setattr("eval.ruler_tasks.word_pairs", lambda: ["sad-sun", "old-oak", "red-rag"])
+    for seed in range(5):
+        made = sample("niah_multikey_2", 60, seed)
+        key = re.search(r"magic number for (\S+) mentioned", made.prompt).group(1)
+        assert re.findall(rf"for {key} is: (\d+)\.", made.prompt) == made.expected
+
+
 def test_variable_tracking_follows_the_chain():
     made = sample("vt", 40)
     question = made.prompt.split("Memorize and track")[2]
