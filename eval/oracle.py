@@ -130,7 +130,8 @@ class _OracleBackend:
 
 @contextlib.contextmanager
 def oracle_selection(oracle: str) -> Iterator[None]:
-    """Inside, sparse calls keep the blocks that the oracle keeps at the config's ``alpha``, whatever its selector.
+    """Inside, sparse calls keep the blocks that the oracle keeps at the config's ``alpha``, whatever its selector, unless
+    that sorts.
 
     Everything else stays as it is: what runs sparse, the attention over the kept blocks, the statistics. For the backends
     ``"torch"`` and ``"triton"``, not for ``"reference"``.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from eval.common import UsageError, parse_field
 from eval.oracle import ORACLES, oracle_selection
 from hf_flashprefill import FlashPrefillConfig, patched
-from hf_flashprefill.config import SELECTORS
+from hf_flashprefill.config import SELECTORS, SORTING_SELECTORS
 
 # Thresholds of different selectors do not compare. Each list runs from little loss to much of it at 8K to 64K tokens.
 DEFAULT_CURVES = (
@@ -77,6 +77,9 @@ def _points(curve: str, base: FlashPrefillConfig) -> list[Point]:
             raise ValueError("the selector and its alphas stand before the @")
         if selector in SELECTORS:
             fields["selector"] = selector
+        elif base.selector in SORTING_SELECTORS:
+            # They would select on a backend of their own, past the oracle's.
+            fields["selector"] = "share"
         configs = [replace(base, alpha=alpha, **({"layer_alphas": None} | fields)).resolved() for alpha in thresholds]
     except (ValueError, TypeError) as error:
         raise UsageError(f"--curves {curve}: {error}") from None

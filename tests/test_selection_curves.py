@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from eval.schema import timeless
 from eval.selection_layers import LayerObserver, sampled_rows
 from eval.selection_points import DEFAULT_CURVES, parse_curves
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, functional, patched, prefill_stats
+from hf_flashprefill.config import SORTING_SELECTORS
 from hf_flashprefill.geometry import PrefillGeometry
 
 LENGTH, FACTS, QUESTIONS = 1500, 4, 9
@@ -187,6 +189,16 @@ def test_the_oracle_in_rounds_keeps_the_same_and_leaves_nothing_behind(layers, m
     with pytest.raises(ValueError, match="without padding"), oracle_selection("oracle-max"):
         flash_prefill_attention(query, key, value, config=config, valid_ranges=torch.tensor([[3, LENGTH]]))
     assert flash_prefill_attention(query, key, value, config=config, return_index=True).index.to_mask().equal(plain)
+
+
+@pytest.mark.parametrize("selector", SORTING_SELECTORS)
+def test_an_oracle_selects_where_the_settings_have_a_selector_that_sorts(selector, layers):
+    kept = []
+    for base in (BASE, replace(BASE, selector=selector)):
+        (point,) = parse_curves(["oracle-mean:0.05@correction=false"], base)
+        with oracle_selection(point.oracle):
+            kept.append(flash_prefill_attention(*layers[1], config=point.config, return_index=True).index.to_mask())
+    assert kept[0].equal(kept[1])
 
 
 def test_an_interrupted_run_gives_the_same_json(whole, options, tmp_path, monkeypatch):
