@@ -309,6 +309,11 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def densities(rows: Sequence[dict]) -> dict[str, Any]:
+    """For summaries: the density of the rows that ran sparse, and how many stayed dense."""
+    return {"density": mean([row["density"] for row in rows]), "dense": sum(row["density"] is None for row in rows)}
+
+
 def describe(config: FlashPrefillConfig | dict[str, Any]) -> str:
     """Selector and threshold, for titles; ``config`` may be what a result holds."""
     fields = config if isinstance(config, dict) else config.to_dict()
@@ -319,6 +324,12 @@ def describe(config: FlashPrefillConfig | dict[str, Any]) -> str:
 
 def format_density(density: float | None) -> str:
     return "dense" if density is None else f"{density:.3f}"
+
+
+def format_densities(summary: dict, counted: str) -> str:
+    """What ``densities`` found, if the field ``counted`` says of how many rows; ``dense`` is missing in older results."""
+    text, dense = format_density(summary["density"]), summary.get("dense")
+    return f"{text}, {dense} of {summary[counted]} dense" if dense and summary["density"] is not None else text
 
 
 def format_perplexity(nll: float) -> str:

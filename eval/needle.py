@@ -193,7 +193,7 @@ def summarise(rows: list[dict]) -> list[dict]:
                     "questions": questions,
                     "unpatched": sum(row["unpatched_correct"] for row in chosen) / questions,
                     "patched": sum(row["patched_correct"] for row in chosen) / questions,
-                    "density": common.mean([row["density"] for row in chosen]),
+                    **common.densities(chosen),
                     "unpatched_seconds": common.mean([row["unpatched_seconds"] for row in chosen]),
                     "patched_seconds": common.mean([row["patched_seconds"] for row in chosen]),
                 }
@@ -211,7 +211,7 @@ def summary_table(summary: list[dict]) -> str:
             f"{row['unpatched']:.1%}",
             f"{row['patched']:.1%}",
             f"{100 * (row['patched'] - row['unpatched']):+.1f} pt",
-            common.format_density(row["density"]),
+            common.format_densities(row, "questions"),
             f"{row['unpatched_seconds']:.2f}",
             f"{row['patched_seconds']:.2f}",
         ]

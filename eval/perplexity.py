@@ -133,7 +133,7 @@ def summarise(rows: list[dict]) -> list[dict]:
             {
                 "length": length,
                 "documents": len(chosen),
-                "density": common.mean([row["density"] for row in chosen]),
+                **common.densities(chosen),
                 "prefill": _paired([bucket for row in chosen for bucket in row["prefill"]]),
                 "continuation": _paired([row["continuation"] for row in chosen]),
                 "by_position": [{"start": b[0]["start"], "end": b[0]["end"]} | _paired(b) for b in buckets],
@@ -153,7 +153,7 @@ def _paired(groups: list[dict]) -> dict:
 def summary_table(summary: list[dict]) -> str:
     header = ["tokens", "documents", "density", "way", "scored", "unpatched", "patched", "rise"]
     cells = [
-        [str(row["length"]), str(row["documents"]), common.format_density(row["density"]), way, *_cells(row[way])]
+        [str(row["length"]), str(row["documents"]), common.format_densities(row, "documents"), way, *_cells(row[way])]
         for row in summary
         for way in ("prefill", "continuation")
     ]

@@ -125,7 +125,7 @@ def summarise(rows: list[dict]) -> list[dict]:
                 "length": length,
                 "prompts": len(chosen),
                 "questions": len(questions),
-                "density": common.mean([row["density"] for row in chosen]),
+                **common.densities(chosen),
                 "unpatched_recall": sum(before) / len(before),
                 "patched_recall": sum(after) / len(after),
                 "recall_change": change.estimate,
@@ -162,7 +162,7 @@ def summary_table(summary: list[dict]) -> str:
             [
                 str(row["length"]),
                 str(row["questions"]),
-                common.format_density(row["density"]),
+                common.format_densities(row, "prompts"),
                 f"{row['unpatched_recall']:.1%}",
                 f"{row['patched_recall']:.1%}",
                 f"{100 * row['recall_change']:+.1f} pt ({low:+.1f} to {high:+.1f})",

@@ -189,6 +189,7 @@ def summarise(rows: list[dict]) -> list[dict]:
         errors = [entry["change_standard_error"] for entry in entries]
         error = None if None in errors else sum(e**2 for e in errors) ** 0.5 / len(errors)
         average |= {"task": "average", "length": length, "samples": len(at_length), "change_standard_error": error}
+        average["dense"] = common.densities(at_length)["dense"]
         summary += [*entries, average]
     return summary
 
@@ -203,7 +204,7 @@ def _entry(task: str, length: int, rows: list[dict]) -> dict:
         "patched": common.mean([row["patched_score"] for row in rows]),
         "change": change,
         "change_standard_error": error,
-        "density": common.mean([row["density"] for row in rows]),
+        **common.densities(rows),
     }
 
 
@@ -217,7 +218,7 @@ def summary_table(summary: list[dict]) -> str:
         [name, *(f"{100 * entries[name, length][s]:.1f}" for length in lengths for s in ("unpatched", "patched"))]
         for name in names
     ]
-    densities = [common.format_density(entries["average", length]["density"]) for length in lengths]
+    densities = [common.format_densities(entries["average", length], "samples") for length in lengths]
     return common.format_table(header, [*cells, ["density", *(cell for density in densities for cell in ("", density))]])
 
 

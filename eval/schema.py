@@ -12,8 +12,10 @@
 | `rows` | one record per prompt or question, in an order that follows from the arguments; fields in each harness's row class |
 
 Shares are from 0 to 1, lengths and positions in tokens, losses in nats per token, and fields that end in `seconds` in
-seconds. Two runs with the same arguments differ in `environment` and in the fields that end in `seconds` only, up to what
-the device's arithmetic allows; a run that was interrupted and resumed differs from one that was not in nothing else.
+seconds. A `density` is that of what ran sparse, null if nothing did; the `dense` beside it in a summary is how many of its
+prompts or questions did not. Two runs with the same arguments differ in `environment` and in the fields that end in
+`seconds` only, up to what the device's arithmetic allows; a run that was interrupted and resumed differs from one that was
+not in nothing else.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def summarise_point(rows: list[dict]) -> dict:
     return {
         "prompts": len(rows),
         "questions": len(before),
-        "density": common.mean([row["density"] for row in rows]),
+        **common.densities(rows),
         "unpatched_recall": sum(before) / len(before),
         "recall": sum(after) / len(after),
         "recall_change": change.estimate,
@@ -163,7 +163,7 @@ def summary_table(summary: list[dict]) -> str:
             str(row["length"]),
             row["selector"],
             f"{row['alpha']:g}",
-            common.format_density(row["density"]),
+            common.format_densities(row, "prompts"),
             f"{row['recall']:.1%}",
             f"{100 * row['recall_change']:+.1f} pt ({low:+.1f} to {high:+.1f})",
             common.format_rise(row["perplexity_rise"], row["perplexity_rise_standard_error"]),

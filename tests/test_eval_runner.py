@@ -148,6 +148,21 @@ def test_summaries_follow_from_the_rows(whole):
         assert sum(line["questions"] for line in table) == 8
 
 
+def test_what_stayed_dense_is_counted(whole):
+    rows = [row | {"density": None} if row["prompt"] == "0/900/1" else row for row in whole["rows"]]
+    summary = recall.summarise(rows)
+    assert [(entry["density"], entry["dense"]) for entry in summary] == [
+        (whole["summary"][0]["density"], 0),
+        (rows[2]["density"], 1),
+    ]
+    short, long = recall.summary_table(summary).splitlines()[1:]
+    assert "dense" not in short
+    assert f"{rows[2]['density']:.3f}, 1 of 2 dense" in long
+    all_dense = recall.summarise([row | {"density": None} for row in rows])
+    assert [entry["dense"] for entry in all_dense] == [2, 2]
+    assert "of 2 dense" not in recall.summary_table(all_dense)
+
+
 def test_paired_difference_by_hand():
     # 10 questions, 3 lost, 1 gained: Agresti and Min's centre is -2/12, its variance (3 + 1 + 1 - 4/12) / 144.
     before = [True] * 6 + [False] * 4

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -124,6 +125,12 @@ def test_the_command_writes_table_picture_and_json(tmp_path, capsys):
     assert record["config"]["alpha"] == 0
     assert record["environment"]["torch"]
     assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_questions_that_stayed_dense_are_counted():
+    row = needle.NeedleRow("end", 600, 0.5, True, True, None, 1.0, 1.0)
+    summary = needle.summarise([vars(row), vars(replace(row, density=0.5))])
+    assert "0.500, 1 of 2 dense" in needle.summary_table(summary)
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,16 @@ def test_the_command_end_to_end(tmp_path, capsys, monkeypatch):
     assert re.search(r"average +0.0 +50.0\n", capsys.readouterr().out)
 
 
+def test_samples_that_stayed_dense_are_counted():
+    row = {"length": 2048, "unpatched_score": 1, "patched_score": 1}
+    rows = [row | {"task": name, "density": d} for name, d in (("vt", 0.5), ("vt", None), ("cwe", None), ("cwe", None))]
+    summary = ruler.summarise(rows)
+    assert [(e["task"], e["density"], e["dense"]) for e in summary] == [("vt", 0.5, 1), ("cwe", None, 2), ("average", 0.5, 3)]
+    assert ruler.summary_table(summary).endswith("0.500, 3 of 4 dense")
+    del summary[-1]["dense"]
+    assert ruler.summary_table(summary).endswith("  0.500"), "as in results from before they were counted"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

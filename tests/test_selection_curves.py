@@ -121,6 +121,12 @@ def test_times_are_taken_of_what_has_stages(whole):
     assert "operator ms" not in selection.summary_table(without)
 
 
+def test_prompts_that_stayed_dense_are_counted(whole):
+    rows = [row for row in whole["rows"] if row["selector"] == "topk"]
+    summary = selection.summarise([rows[0], rows[1] | {"density": None}])
+    assert f"{rows[0]['density']:.3f}, 1 of 2 dense" in selection.summary_table(summary)
+
+
 def test_row_masses_in_float64(layers, monkeypatch):
     query, key, _ = layers[1]
     rows = sampled_rows(LENGTH, 40, seed=2)
