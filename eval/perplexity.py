@@ -50,11 +50,12 @@ class BucketRow:
 
 @dataclass(frozen=True)
 class PerplexityRow:
-    """One document in the JSON: the prefill by position, and the continuation of its last tokens."""
+    """One document in the JSON: the prefill by position, and the continuation of its last tokens after a shorter prefill."""
 
     length: int
     document: str
     density: float | None
+    continuation_density: float | None
     unpatched_seconds: float
     patched_seconds: float
     head_density: list[list[float]]
@@ -76,26 +77,30 @@ def compare(
     length = len(ids)
     edges = [length * part // buckets for part in range(buckets + 1)]
     rows = [_bucket(before, after, max(1, start), end) for start, end in itertools.pairwise(edges)]
-    continued = _bucket(
-        *(continuation_losses(model, ids, continuation, state) for state in (None, config)), length - continuation, length
-    )
-    return PerplexityRow(length, name, density, between - started, ended - between, heads, rows, continued)
+    dense, _ = continuation_losses(model, ids, continuation, None)
+    sparse, continued_density = continuation_losses(model, ids, continuation, config)
+    continued = _bucket(dense, sparse, length - continuation, length)
+    seconds = between - started, ended - between
+    return PerplexityRow(length, name, density, continued_density, *seconds, heads, rows, continued)
 
 
 def continuation_losses(
     model: PreTrainedModel, ids: torch.Tensor, continuation: int, config: FlashPrefillConfig | None
-) -> torch.Tensor:
-    """Losses [S] of the last ``continuation`` tokens, NaN before, after a prefill that is patched if there is a config."""
+) -> tuple[torch.Tensor, float | None]:
+    """Losses [S] of the last ``continuation`` tokens, NaN before, after a prefill that is patched if there is a config; and
+    the density of that prefill, None if it was dense."""
     context, rest = ids[:-continuation], ids[-continuation:]
+    density = None
     cache = DynamicCache(config=model.config)
     if config is None:
         hidden = hidden_states(model, context, cache)
     else:
         with patched(model, config=config):
             hidden = hidden_states(model, context, cache)
+            density = prefill_stats(model).density
     # Scoring many tokens at once is not decode to the patched model, which would run it sparse. What follows the prefill is.
     losses = score_tokens(model, rest, cache, hidden[-1]).nll
-    return torch.cat([torch.full((len(context),), float("nan")), losses])
+    return torch.cat([torch.full((len(context),), float("nan")), losses]), density
 
 
 def _bucket(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> BucketRow:
@@ -129,11 +134,13 @@ def summarise(rows: list[dict]) -> list[dict]:
     for length in sorted({row["length"] for row in rows}):
         chosen = [row for row in rows if row["length"] == length]
         buckets = [[row["prefill"][i] for row in chosen] for i in range(len(chosen[0]["prefill"]))]
+        continued = common.densities([{"density": row["continuation_density"]} for row in chosen])
         summary.append(
             {
                 "length": length,
                 "documents": len(chosen),
                 **common.densities(chosen),
+                **{f"continuation_{name}": value for name, value in continued.items()},
                 "prefill": _paired([bucket for row in chosen for bucket in row["prefill"]]),
                 "continuation": _paired([row["continuation"] for row in chosen]),
                 "by_position": [{"start": b[0]["start"], "end": b[0]["end"]} | _paired(b) for b in buckets],
@@ -153,11 +160,20 @@ def _paired(groups: list[dict]) -> dict:
 def summary_table(summary: list[dict]) -> str:
     header = ["tokens", "documents", "density", "way", "scored", "unpatched", "patched", "rise"]
     cells = [
-        [str(row["length"]), str(row["documents"]), common.format_densities(row, "documents"), way, *_cells(row[way])]
+        [str(row["length"]), str(row["documents"]), _density_cell(row, way), way, *_cells(row[way])]
         for row in summary
         for way in ("prefill", "continuation")
     ]
     return common.format_table(header, cells)
+
+
+def _density_cell(row: dict, way: str) -> str:
+    """The density of a way; older results have none of the continuation."""
+    if way == "continuation":
+        if "continuation_density" not in row:
+            return ""
+        row = row | {"density": row["continuation_density"], "dense": row["continuation_dense"]}
+    return common.format_densities(row, "documents")
 
 
 def position_table(table: list[dict]) -> str:

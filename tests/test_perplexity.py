@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -64,6 +65,25 @@ def test_continuation_losses_are_those_of_decoding_token_by_token(recall_model, 
     assert row.continuation.patched_nll != row.continuation.unpatched_nll
 
 
+def test_each_way_has_its_density(recall_model, ids):
+    """The continuation's context is shorter than the whole, here too short to run sparse."""
+    rows = []
+    for shortest in (1, 600, 601):
+        config = replace(SPARSE, min_seq_len=shortest)
+        row = perplexity.compare(recall_model[0], ids[:600], "name", config, continuation=101, buckets=1)
+        rows.append(asdict(row))
+    assert [row["density"] is None for row in rows] == [False, False, True]
+    assert [row["continuation_density"] is None for row in rows] == [False, True, True]
+    assert rows[0]["continuation_density"] != rows[0]["density"]
+    (summary,) = perplexity.summarise(rows)
+    prefill, continuation = perplexity.summary_table([summary]).splitlines()[1:]
+    assert "1 of 3 dense" in prefill
+    assert f"{rows[0]['continuation_density']:.3f}, 2 of 3 dense" in continuation
+    # As in results from before it was measured.
+    del summary["continuation_density"]
+    assert "dense" not in perplexity.summary_table([summary]).splitlines()[2]
+
+
 def test_windows_come_from_different_documents_first(recall_model):
     tokenizer = recall_model[1]
     texts = [standard_library_text("held_out")[start : start + size] for start, size in ((0, 9000), (9000, 90), (9090, 6000))]
@@ -78,7 +98,7 @@ def test_windows_come_from_different_documents_first(recall_model):
 def test_summaries_follow_from_the_rows():
     def row(*differences):
         buckets = [{"start": 0, "end": 9, "tokens": t, "unpatched_nll": 2.0, "patched_nll": 2.0 + d} for t, d in differences]
-        return {"length": 9, "density": 0.5, "prefill": buckets, "continuation": buckets[0]}
+        return {"length": 9, "density": 0.5, "continuation_density": 0.5, "prefill": buckets, "continuation": buckets[0]}
 
     (summary,) = perplexity.summarise([row((10, 0.01), (30, 0.05)), row((10, 0.03), (30, 0.03))])
     assert summary["prefill"]["tokens"] == 80
