@@ -249,6 +249,7 @@ def main(argv: list[str]) -> int:
     missing = [name for name in QA_TASKS if getattr(args, name) is None]
     if args.tasks is None:
         args.tasks = [name for name in TASKS if name not in missing]
+    args.tasks = list(dict.fromkeys(args.tasks))
     for name in missing:
         if name in args.tasks:
             raise common.UsageError(f"--tasks {name} needs a source: give --{name.replace('_', '-')}")
