@@ -22,6 +22,8 @@ from hf_flashprefill import FlashPrefillConfig, prefill_stats
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
 # Tokens; more than any prompt has.
 LONGEST = 1 << 24
+# For ``generate``, which takes what nobody asks for from the model's own settings.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 

@@ -107,9 +107,9 @@ def answer(model: PreTrainedModel, prompt: Prompt) -> Outcome:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=len(expected),
-            do_sample=False,
             pad_token_id=model.generation_config.eos_token_id if model.config.pad_token_id is None else None,
             streamer=clock,
+            **common.GREEDY,
         )
         correct = [made[0, len(prompt.ids) :].tolist() == expected]
         seconds = clock.seconds

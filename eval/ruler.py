@@ -78,7 +78,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list
     if pad is None:
         pad = stop[0] if isinstance(stop, list) else stop
     made = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, pad_token_id=pad, **common.GREEDY
     )
     text = tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
     return text.strip(), time.perf_counter() - started

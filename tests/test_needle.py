@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from eval import needle
+from eval import needle, ruler
 from eval.haystack import encode, encode_fact, plant, random_fact, random_facts, standard_library_text
 from hf_flashprefill import FlashPrefillConfig, is_patched
 
@@ -76,6 +76,16 @@ def test_a_wrong_answer_is_scored_as_wrong(recall_model, corpus):
         assert needle.answer(model, prompt).correct == [True]
         swapped = needle.Prompt(**{**vars(prompt), "answers": [encode(tokenizer, "123456")]})
         assert needle.answer(model, swapped).correct == [False]
+
+
+def test_answers_are_greedy_whatever_the_model_generates_by(recall_model, corpus, monkeypatch):
+    model, tokenizer = recall_model
+    prompt = needle.end_prompt(tokenizer, corpus, 600, 0.5, Random(5))
+    said = ruler.answer(model, tokenizer, prompt.ids, 6)[0]
+    for name, value in {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 2}.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert needle.answer(model, prompt).correct == [True]
+    assert ruler.answer(model, tokenizer, prompt.ids, 6)[0] == said
 
 
 def test_dropping_blocks_loses_answers_in_the_middle_only(recall_model, corpus):
