@@ -247,7 +247,8 @@ def main(argv: list[str]) -> int:
         prompt = prompts[i][1]
         return rows_of(prompt, *compare(model, prompt, config))
 
-    result = recording.run_and_record("needle", args, model, config, [name for name, _ in prompts], work, summarise)
+    names = [name for name, _ in prompts]
+    result = recording.run_and_record("needle", args, model, config, names, work, summarise, shows_times=True)
     if result:
         picture = args.output.with_suffix(".png")
         draw_needle(result.rows, f"{result.model['name']}, {common.describe(config)}").savefig(picture, dpi=130)

@@ -33,6 +33,7 @@ def run_and_record(
     names: Sequence[str],
     work: Callable[[int], list[dict]],
     summarise: Callable[[list[dict]], list[dict]],
+    shows_times: bool = False,
 ) -> Result | None:
     """Ask a loaded model all prompts and write the JSON file, as ``complete`` does.
 
@@ -44,6 +45,7 @@ def run_and_record(
         names: One per prompt, all different.
         work: Makes the rows of prompt ``i``.
         summarise: Makes the summary from all rows.
+        shows_times: Whether that has times, so that rows of another environment are not taken up.
 
     Returns:
         What was written; None in processes other than the first.
@@ -52,7 +54,8 @@ def run_and_record(
         UsageError: The model cannot be patched or a prompt does not fit.
     """
     run = model_run(harness, args, args.model, model, config)
-    return complete(run, args.output, names, work, summarise, others={"weights": fingerprint(model)})
+    others = {"weights": fingerprint(model)} | ({"environment": _place(run)} if shows_times else {})
+    return complete(run, args.output, names, work, summarise, others=others)
 
 
 def time_and_record(
@@ -65,8 +68,12 @@ def time_and_record(
 ) -> Result | None:
     """``complete`` for rows that hold times, which depend on the environment, too: those of another device or of another
     version are not taken up. There is no summary."""
-    place = {name: value for name, value in run.environment.items() if name != "time"}
-    return complete(run, output, names, work, lambda rows: [], unit, {"environment": place} | (others or {}))
+    return complete(run, output, names, work, lambda rows: [], unit, {"environment": _place(run)} | (others or {}))
+
+
+def _place(run: Result) -> dict[str, Any]:
+    """What the times of a run depend on beside its settings."""
+    return {name: value for name, value in run.environment.items() if name != "time"}
 
 
 def complete(

@@ -1,8 +1,8 @@
 """Run a harness's tasks, prompts or timings: split over processes, with a progress bar, and kept on disk as they finish.
 
 Rows of finished tasks go to `NAME.KEY.RANK.partial.jsonl` beside the output `NAME.json`, where KEY is a hash of everything that
-decides their results. The same command takes them up again after an interruption, whatever the number of processes; when
-the output is written they are removed.
+decides their results. The same command takes them up again after an interruption, whatever the number of processes unless
+the results are times; when the output is written they are removed.
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ def main(argv: list[str]) -> int:
     def work(i: int) -> list[dict]:
         return [asdict(row) for row in measure(model, prompts[i], points, args.mass_rows, args.seed, args.times)]
 
-    result = recording.run_and_record("selection", args, model, config, [prompt.name for prompt in prompts], work, summarise)
+    names = [prompt.name for prompt in prompts]
+    result = recording.run_and_record("selection", args, model, config, names, work, summarise, shows_times=args.times)
     if result:
         figure, picture = draw_selection(result.summary), args.output.with_suffix(".png")
         print(summary_table(result.summary))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from eval import common, recall, recording, ttft
+from eval import common, needle, recall, recording, selection, ttft
 from eval.haystack import standard_library_text
 from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
@@ -65,6 +65,47 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_json(whole, small, tmp_pa
     assert len(calls) == 7
     assert [file.name for file in tmp_path.iterdir()] == ["recall.json"]
     assert timeless(json.loads(path.read_text())) == timeless(whole)
+
+
+@pytest.fixture
+def parts(small, tmp_path, monkeypatch):
+    """Interrupts a harness after its first prompt and says how many runs have left rows behind so far."""
+
+    def interrupted(harness, asks, rows, *options):
+        calls = []
+
+        def asking(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return rows
+
+        monkeypatch.setattr(harness, asks, asking)
+        with pytest.raises(KeyboardInterrupt):
+            harness.main([*options, "--output", str(tmp_path / "result.json"), "--device", "cpu"])
+        return len(list(tmp_path.glob("*.partial.jsonl")))
+
+    return interrupted
+
+
+OUTCOMES = (needle.Outcome([True], 1.0, None), needle.Outcome([True], 1.0, None))
+
+
+@pytest.mark.parametrize(
+    ("harness", "asks", "rows", "given", "runs"),
+    [
+        (needle, "compare", OUTCOMES, ["--trials=3"], 2),
+        (selection, "measure", [], ["--prompts=4", "--times"], 2),
+        (selection, "measure", [], ["--prompts=4", "--no-times"], 1),
+    ],
+)
+def test_times_go_on_at_the_same_commit_only(harness, asks, rows, given, runs, small, parts, monkeypatch):
+    options = [*given, "--lengths", "1500", *small[-2:]]
+    monkeypatch.setattr(recording, "commit_of", lambda folder: "one")
+    assert parts(harness, asks, rows, *options) == 1
+    assert parts(harness, asks, rows, *options) == 1
+    monkeypatch.setattr(recording, "commit_of", lambda folder: "other")
+    assert parts(harness, asks, rows, *options) == runs
 
 
 def test_two_processes_write_one_report(whole, small, tmp_path):
