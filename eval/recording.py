@@ -186,9 +186,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def fingerprint(model: PreTrainedModel) -> int:
-    """Tells apart weights that share a name, such as those of a folder that was trained again."""
-    weight = model.get_output_embeddings().weight[:64].detach().cpu().contiguous()
-    return zlib.crc32(weight.view(torch.uint8).numpy().tobytes())
+    """Tells apart weights that share a name, such as those of a folder that was trained again, wholly or in part."""
+    found = 0
+    for parameter in model.parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].cpu()
+        found = zlib.crc32(some.contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return found
 
 
 def _now() -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from eval import common, needle, recall, recording, selection, ttft
@@ -18,6 +19,7 @@ from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
 from eval.statistics import paired_difference, perplexity_rise
 from hf_flashprefill import FlashPrefillConfig
+from tests.inputs import tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +67,18 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_json(whole, small, tmp_pa
     assert len(calls) == 7
     assert [file.name for file in tmp_path.iterdir()] == ["recall.json"]
     assert timeless(json.loads(path.read_text())) == timeless(whole)
+
+
+@torch.no_grad()
+def test_weights_that_differ_anywhere_are_told_apart():
+    model = tiny_model()
+    found = {recording.fingerprint(model)}
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+        found.add(recording.fingerprint(model))
+    assert len(found) == 1 + len(list(model.parameters()))
+    assert recording.fingerprint(model) in found
+    assert recording.fingerprint(model.half()) not in found
 
 
 @pytest.fixture
