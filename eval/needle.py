@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
         return rows_of(prompt, *compare(model, prompt, config))
 
     names = [name for name, _ in prompts]
-    result = recording.run_and_record("needle", args, model, config, names, work, summarise, shows_times=True)
+    result = recording.run_and_record("needle", args, model, config, names, work, summarise, corpus, shows_times=True)
     if result:
         picture = args.output.with_suffix(".png")
         draw_needle(result.rows, f"{result.model['name']}, {common.describe(config)}").savefig(picture, dpi=130)

@@ -229,7 +229,8 @@ def main(argv: list[str]) -> int:
         name, ids = prompts[i]
         return [asdict(compare(model, ids, name, config, args.continuation, args.buckets))]
 
-    result = recording.run_and_record("perplexity", args, model, config, [name for name, _ in prompts], work, summarise)
+    names, text = [name for name, _ in prompts], [ids.tolist() for _, ids in prompts]
+    result = recording.run_and_record("perplexity", args, model, config, names, work, summarise, text)
     if result:
         print(summary_table(result.summary))
         print(f"\nprefill of {result.summary[-1]['length']} tokens, by position")

@@ -213,7 +213,8 @@ def main(argv: list[str]) -> int:
     def work(i: int) -> list[dict]:
         return [asdict(compare(model, prompts[i], config))]
 
-    result = recording.run_and_record("recall", args, model, config, [prompt.name for prompt in prompts], work, summarise)
+    names = [prompt.name for prompt in prompts]
+    result = recording.run_and_record("recall", args, model, config, names, work, summarise, corpus)
     if result:
         print(summary_table(result.summary))
         longest = result.summary[-1]

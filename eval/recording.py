@@ -33,6 +33,7 @@ def run_and_record(
     names: Sequence[str],
     work: Callable[[int], list[dict]],
     summarise: Callable[[list[dict]], list[dict]],
+    text: Any,
     shows_times: bool = False,
 ) -> Result | None:
     """Ask a loaded model all prompts and write the JSON file, as ``complete`` does.
@@ -45,6 +46,7 @@ def run_and_record(
         names: One per prompt, all different.
         work: Makes the rows of prompt ``i``.
         summarise: Makes the summary from all rows.
+        text: What the prompts are made of, which its repr tells apart; a source of the same name may have changed.
         shows_times: Whether that has times, so that rows of another environment are not taken up.
 
     Returns:
@@ -54,7 +56,9 @@ def run_and_record(
         UsageError: The model cannot be patched or a prompt does not fit.
     """
     run = model_run(harness, args, args.model, model, config)
-    others = {"weights": fingerprint(model)} | ({"environment": _place(run)} if shows_times else {})
+    others = {"weights": fingerprint(model), "text": zlib.crc32(repr(text).encode())}
+    if shows_times:
+        others["environment"] = _place(run)
     return complete(run, args.output, names, work, summarise, others=others)
 
 

@@ -254,13 +254,15 @@ def main(argv: list[str]) -> int:
         if name in args.tasks:
             raise common.UsageError(f"--tasks {name} needs a source: give --{name.replace('_', '-')}")
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
-    samples = common.limited(make_samples(tokenizer, args, load_sources(args)), args.limit)
+    sources = load_sources(args)
+    samples = common.limited(make_samples(tokenizer, args, sources), args.limit)
 
     def work(i: int) -> list[dict]:
         _, name, length, make = samples[i]
         return [asdict(compare(model, tokenizer, name, length, make(), config))]
 
-    result = recording.run_and_record("ruler", args, model, config, [seed for seed, *_ in samples], work, summarise)
+    names = [seed for seed, *_ in samples]
+    result = recording.run_and_record("ruler", args, model, config, names, work, summarise, sources)
     if result:
         print(summary_table(result.summary))
         print(f"\nfor orientation, FlashPrefill V2's paper\n{published_table()}\nwrote {args.output}")

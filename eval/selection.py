@@ -222,7 +222,7 @@ def main(argv: list[str]) -> int:
         return [asdict(row) for row in measure(model, prompts[i], points, args.mass_rows, args.seed, args.times)]
 
     names = [prompt.name for prompt in prompts]
-    result = recording.run_and_record("selection", args, model, config, names, work, summarise, shows_times=args.times)
+    result = recording.run_and_record("selection", args, model, config, names, work, summarise, corpus, shows_times=args.times)
     if result:
         figure, picture = draw_selection(result.summary), args.output.with_suffix(".png")
         print(summary_table(result.summary))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from eval import common, needle, recall, recording, selection, ttft
+from eval import common, needle, perplexity, recall, recording, ruler, selection, ttft
 from eval.haystack import standard_library_text
 from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
@@ -120,6 +120,30 @@ def test_times_go_on_at_the_same_commit_only(harness, asks, rows, given, runs, s
     assert parts(harness, asks, rows, *options) == 1
     monkeypatch.setattr(recording, "commit_of", lambda folder: "other")
     assert parts(harness, asks, rows, *options) == runs
+
+
+@pytest.mark.parametrize(
+    ("harness", "asks", "rows", "given"),
+    [
+        (needle, "compare", OUTCOMES, ["--trials=3"]),
+        (recall, "compare", OUTCOMES[0], ["--prompts=4"]),
+        (selection, "measure", [], ["--prompts=4", "--no-times"]),
+        (perplexity, "compare", OUTCOMES[0], ["--documents=4"]),
+        (ruler, "compare", OUTCOMES[0], ["--samples=4", "--tasks=niah_single_2"]),
+        (ruler, "compare", OUTCOMES[0], ["--samples=4", "--tasks=qa_1", "--qa-1=QUESTIONS"]),
+    ],
+)
+def test_a_run_goes_on_with_the_same_text_only(harness, asks, rows, given, parts, tmp_path):
+    questions, text = tmp_path / "questions.jsonl", tmp_path / "text.txt"
+    source = questions if harness is ruler and "--tasks=qa_1" in given else text
+    options = [option.replace("QUESTIONS", str(questions)) for option in given]
+    options += ["--lengths", "1500", "--dataset", str(text)]
+    text.write_text(standard_library_text("held_out")[:60_000])
+    questions.write_text('{"question": "Who?", "documents": ["The cat."], "answers": ["The cat"]}')
+    assert parts(harness, asks, rows, *options) == 1
+    assert parts(harness, asks, rows, *options) == 1
+    source.write_text(source.read_text().replace("The ", "the "))
+    assert parts(harness, asks, rows, *options) == 2
 
 
 def test_two_processes_write_one_report(whole, small, tmp_path):
