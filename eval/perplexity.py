@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from random import Random
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -109,10 +110,11 @@ def _bucket(before: torch.Tensor, after: torch.Tensor, start: int, end: int) -> 
 
 
 def windows(
-    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int = 0
 ) -> list[tuple[str, torch.Tensor]]:
     """Up to ``count`` named stretches of ``length`` tokens: the start of each document that is long enough, and if those
-    are too few, the stretches after it. Each begins with what the tokenizer puts in front of a text."""
+    are too few, the stretches after it. Each begins with what the tokenizer puts in front of a text. With a seed other than 0
+    the first stretch of a document begins at random instead, less than a stretch from its start."""
     prefix = common.text_prefix(tokenizer)
     room = length - len(prefix)
     kept: list[tuple[int, list[int]]] = []
@@ -122,7 +124,12 @@ def windows(
             kept.append((number, ids))
         if len(kept) == count:
             break
-    places = sorted((start, number, i) for i, (number, ids) in enumerate(kept) for start in range(0, len(ids) - room + 1, room))
+    places = []
+    for i, (number, ids) in enumerate(kept):
+        last = len(ids) - room
+        first = Random(f"{seed}/{length}/{number}").randrange(min(room, last + 1)) if seed else 0
+        places += [(start, number, i) for start in range(first, last + 1, room)]
+    places.sort()
     return [
         (f"{number}/{start}", torch.tensor(prefix + kept[i][1][start : start + room])) for start, number, i in places[:count]
     ]
@@ -219,7 +226,7 @@ def main(argv: list[str]) -> int:
     model, tokenizer = common.load_model(args.model, args.device, args.dtype)
     groups = []
     for length in dict.fromkeys(args.lengths):
-        found = windows(source(args), tokenizer, length, args.documents)
+        found = windows(source(args), tokenizer, length, args.documents, args.seed)
         if not found:
             raise common.UsageError(f"--lengths {length}: no document has that many tokens")
         groups.append([(f"{length}/{name}", ids) for name, ids in found])

@@ -95,6 +95,24 @@ def test_windows_come_from_different_documents_first(recall_model):
     assert perplexity.windows(iter(texts), tokenizer, 10**6, 1) == []
 
 
+def test_other_seeds_give_other_windows(recall_model):
+    tokenizer = recall_model[1]
+    texts = [standard_library_text("held_out")[start : start + 6000] for start in (0, 9000)]
+    ids = [encode(tokenizer, text) for text in texts]
+    names = set()
+    for seed in range(1, 5):
+        found = perplexity.windows(iter(texts), tokenizer, 500, 3, seed)
+        assert [name for name, _ in found] == [name for name, _ in perplexity.windows(iter(texts), tokenizer, 500, 3, seed)]
+        for name, window in found:
+            number, start = map(int, name.split("/"))
+            assert window.tolist() == ids[number][start : start + 500]
+        assert {name.split("/")[0] for name, _ in found[:2]} == {"0", "1"}
+        names |= {name for name, _ in found}
+    assert len(names) == 12
+    shortest = len(ids[0])
+    assert [name for name, _ in perplexity.windows(iter(texts[:1]), tokenizer, shortest, 1, seed=1)] == ["0/0"]
+
+
 def test_summaries_follow_from_the_rows():
     def row(*differences):
         buckets = [{"start": 0, "end": 9, "tokens": t, "unpatched_nll": 2.0, "patched_nll": 2.0 + d} for t, d in differences]
