@@ -193,6 +193,9 @@ def fingerprint(model: PreTrainedModel) -> int:
     """Tells apart weights that share a name, such as those of a folder that was trained again, wholly or in part."""
     found = 0
     for parameter in model.parameters():
+        if parameter.is_meta:
+            # Its numbers are on a disk.
+            continue
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].cpu()
         found = zlib.crc32(some.contiguous().view(torch.uint8).numpy().tobytes(), found)
     return found
