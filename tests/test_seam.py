@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_flashprefill.attention as seam
-from hf_flashprefill import patch_model, patched, prefill_stats, unpatch_model
+from hf_flashprefill import UnsupportedModelError, patch_model, patched, prefill_stats, unpatch_model
 from hf_flashprefill.support.families import FAMILIES
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH, PADDED, SITUATIONS, padding, prompt
@@ -244,13 +244,21 @@ def test_short_prompts_of_every_family_with_the_default_settings(family):
     """The matrix sets min_seq_len; "auto" asks the model's config for its shape, which not every one tells."""
     model = tiny_or_skip(family, "eager")
     expected = model(prompt(length=40)).logits
-    patch_model(model)
+    try:
+        patch_model(model)
+    except UnsupportedModelError as error:
+        pytest.skip(f"the installed transformers' {error}")
     assert_same_output(model(prompt(length=40)).logits, expected)
     assert set(prefill_stats(model).dense_calls) == {"shorter than min_seq_len"}
 
 
 @torch.no_grad()
 def test_tensors_without_data_stay_dense():
-    model = patch_model(tiny_model().to("meta"), alpha=0, **SETTINGS)
+    model = tiny_model().to("meta")
+    try:
+        model(prompt().to("meta"))
+    except RuntimeError as error:
+        pytest.skip(f"the unpatched model raises {error}")
+    patch_model(model, alpha=0, **SETTINGS)
     assert model(prompt().to("meta")).logits.shape[:2] == (1, LENGTH)
     assert prefill_stats(model).dense_calls == {"meta device": 2}
