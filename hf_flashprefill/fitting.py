@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 
 class UnsupportedModelError(ValueError):
@@ -20,10 +20,10 @@ class UnsupportedModelError(ValueError):
 
 @functools.cache
 def _sources(cls: type) -> tuple[tuple[type, str], ...]:
-    """A class and those it inherits from, up to torch's and transformers' own, each with its source, "" if it has none."""
+    """A layer's class and those it inherits from, up to torch's own, each with its source, "" if it has none."""
     found = []
     for each in cls.__mro__:
-        if each in (PreTrainedModel, nn.Module):
+        if each is nn.Module:
             break
         try:
             found.append((each, inspect.getsource(each)))
@@ -88,4 +88,4 @@ def layer_number(layer: nn.Module) -> int | None:
 def cuts_masks(config: PretrainedConfig) -> bool:
     """Whether a model cuts masks to the queries whose logits are kept, as Gemma 4 does for layers that share keys."""
     is_gemma4 = getattr(config, "model_type", "").startswith("gemma4")
-    return is_gemma4 and getattr(config, "num_kv_shared_layers", 0) > 0
+    return is_gemma4 and bool(getattr(config, "num_kv_shared_layers", None))
