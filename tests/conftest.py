@@ -43,6 +43,18 @@ def _no_measurements_of_this_machine(tmp_path_factory):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """No measurement of the crossover is known; the path of the file they are kept in."""
+    from hf_flashprefill.crossover import known
+
+    monkeypatch.setenv("HF_FLASHPREFILL_CACHE", str(tmp_path / "cache"))
+    known.reload()
+    known._warn_once.cache_clear()
+    yield tmp_path / "cache" / "crossover.json"
+    known.reload()
+
+
+@pytest.fixture
 def soak_cases(request):
     """How many random calls a soak test makes, their seed, and the only variant that they call on a GPU, or None."""
     return tuple(request.config.getoption(f"--soak-{name}") for name in ("cases", "seed", "variant"))

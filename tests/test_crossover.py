@@ -1,62 +1,34 @@
-"""min_seq_len="auto": what is known, how it is kept, how it is measured, and what a patched model does with it."""
+"""min_seq_len="auto": what is known, how it is measured, and what a patched model does with it."""
 
 import copy
 import functools
 import json
-import os
 import pickle
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
-import hf_flashprefill
 import hf_flashprefill.attention as seam
 from hf_flashprefill import FlashPrefillConfig, patch_model, prefill_stats
 from hf_flashprefill.backends import torch as torch_backend
 from hf_flashprefill.crossover import (
     NEVER,
-    Crossover,
-    LayerShape,
     known,
     measure,
     measure_crossover,
-    min_seq_len_for,
     min_seq_len_of_model,
 )
 from hf_flashprefill.crossover import __main__ as command
 from hf_flashprefill.masking import _TAKES_CACHE_POSITION, CausalMask
 from hf_flashprefill.support.situations import padding, prompt
+from tests.crossovers import AUTO, CPU, GPU, LLAMA, RULE, SHAPE, answer, measured
 from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
 
-CPU = torch.device("cpu")
-GPU = torch.device("cuda", 0)
-SHAPE = LayerShape(4, 2, 32, torch.float32)  # of tiny_model()
-AUTO = FlashPrefillConfig(alpha=0, block_size=64)
-RULE = known.rule_of(AUTO)
-LLAMA = LayerShape(32, 8, 128, torch.bfloat16)
-
-
-def measured(tokens: int | None, longest: int = 65536, exhausted: bool = True) -> Crossover:
-    return Crossover(tokens, longest, exhausted)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache; the path of its file."""
-    monkeypatch.setenv("HF_FLASHPREFILL_CACHE", str(tmp_path / "cache"))
-    known.reload()
-    known._warn_once.cache_clear()
-    yield tmp_path / "cache" / "crossover.json"
-    known.reload()
-
-
-def answer(config=AUTO, shape=SHAPE, device=CPU) -> int:
-    return min_seq_len_for(config, shape, device)
+pytestmark = pytest.mark.usefixtures("cache")
+LENGTHS = tuple(range(10, 100, 10))
 
 
 def test_settings_go_before_measurements_and_those_before_the_table():
@@ -100,145 +72,6 @@ def test_the_table_is_careful_about_what_nobody_measured(capability, shape, expe
     assert answer(shape=shape, device=GPU) == expected
     known.remember(RULE, shape, GPU, measured(5120))
     assert answer(shape=shape, device=GPU) == 5120
-
-
-def test_measurements_outlive_the_process(cache):
-    known.remember(RULE, SHAPE, CPU, Crossover(3072, 6144, True, [[1024, 1.5, 2.5]]))
-    known.remember(RULE, LLAMA, CPU, measured(None))
-    (first, second), content = known._measurements().values(), json.loads(cache.read_text())
-    assert len(content) == 2
-    known.reload()
-    assert known.known_crossover(RULE, SHAPE, CPU) == first
-    assert known.known_crossover(RULE, LLAMA, CPU) == second
-    assert list(cache.parent.iterdir()) == [cache]
-
-
-def test_what_another_process_added_is_kept(cache):
-    known.remember(RULE, SHAPE, CPU, measured(3072))
-    others = json.loads(cache.read_text()) | {"another machine": {"tokens": 1, "longest": 2, "exhausted": True, "timings": []}}
-    cache.write_text(json.dumps(others))
-    known.remember(RULE, LLAMA, CPU, measured(4096))
-    assert len(json.loads(cache.read_text())) == 3
-
-
-def test_a_file_that_cannot_be_read_is_left_alone(cache, monkeypatch):
-    """Not by root, who may read everything: the error is made."""
-    known.remember(RULE, SHAPE, CPU, measured(3072))
-    before, read = cache.read_bytes(), Path.read_text
-    known.reload()
-
-    def refused(path, **options):
-        if path == cache:
-            raise PermissionError(13, "Permission denied")
-        return read(path, **options)
-
-    monkeypatch.setattr(Path, "read_text", refused)
-    with pytest.warns(UserWarning, match="cannot be read from .*crossover.json"):
-        assert answer() == 8192
-    with pytest.warns(UserWarning, match="cannot be kept in .*crossover.json"):
-        known.remember(RULE, LLAMA, CPU, measured(4096))
-    assert cache.read_bytes() == before
-    assert list(cache.parent.iterdir()) == [cache]
-
-
-def test_entries_of_other_versions_are_kept(cache):
-    known.remember(RULE, SHAPE, CPU, measured(3072))
-    content = json.loads(cache.read_text())
-    content["later"] = {"tokens": 3, "longest": 9, "exhausted": True, "timings": [], "batch": 4}
-    cache.write_text(json.dumps(content))
-    known.reload()
-    with pytest.warns(UserWarning, match="the rest is ignored"):
-        assert answer() == 3072
-    known.remember(RULE, LLAMA, CPU, measured(4096))
-    assert json.loads(cache.read_text())["later"] == content["later"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 3}', b'{"a": {"tokens": 3}}', b"[" * 100_000]
-    + [b'{"a": {"tokens": %s, "longest": 9, "exhausted": true}}' % tokens for tokens in (b'"4"', b"0", b"true", b"1.5")]
-    + [b'{"a": {"tokens": null, "longest": 9, "exhausted": "false"}}'],
-    ids=range(12),
-)
-def test_a_corrupt_file_is_ignored_with_one_warning_and_replaced(content, cache):
-    cache.parent.mkdir()
-    cache.write_bytes(content)
-    with pytest.warns(UserWarning, match=f"{cache.name} is not a file of measurements"):
-        assert answer() == 8192
-    known.reload()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert answer() == 8192
-        known.remember(RULE, SHAPE, CPU, measured(3000))
-    known.reload()
-    assert answer() == 3000
-
-
-def test_where_nothing_can_be_written_the_process_still_knows(cache):
-    cache.parent.write_text("a file where the folder should be")
-    assert answer() == 8192
-    with pytest.warns(UserWarning, match="cannot be kept in .*crossover.json"):
-        known.remember(RULE, SHAPE, CPU, measured(3000))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        known.remember(RULE, SHAPE, CPU, measured(3001))
-    assert answer() == 3001
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("victim", ["replace", "write"])
-def test_the_file_is_replaced_at_once_or_not_at_all(error, victim, cache, monkeypatch):
-    known.remember(RULE, SHAPE, CPU, measured(3000))
-    before = cache.read_bytes()
-
-    def fails(*args):
-        raise error
-
-    if victim == "replace":
-        monkeypatch.setattr(os, "replace", fails)
-    else:
-        monkeypatch.setattr(known, "asdict", fails)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if isinstance(error, KeyboardInterrupt):
-            with pytest.raises(KeyboardInterrupt):
-                known.remember(RULE, LLAMA, CPU, measured(4000))
-        else:
-            known.remember(RULE, LLAMA, CPU, measured(4000))
-    assert cache.read_bytes() == before
-    assert list(cache.parent.iterdir()) == [cache]
-
-
-def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("HF_FLASHPREFILL_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert known.cache_file() == tmp_path / "hf_flashprefill" / "crossover.json"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert known.cache_file() == tmp_path / ".cache" / "hf_flashprefill" / "crossover.json"
-
-
-def test_keys_tell_apart_whatever_changes_the_time(monkeypatch):
-    rules = [{"selector": "peak"}, {"pool_size": 16}, {"query_stride": 4}, {"block_size": 128}, {"correction": False}]
-    rules += [{"backend": "torch"}, {}]
-    shapes = [SHAPE._replace(**change) for change in ({"heads": 8}, {"kv_heads": 4}, {"head_dim": 64})]
-    keys = [known.measurement_key(known.rule_of(FlashPrefillConfig(**{"block_size": 64} | rule)), SHAPE, CPU) for rule in rules]
-    keys += [known.measurement_key(RULE, shape, CPU) for shape in (*shapes, SHAPE._replace(dtype=torch.float16))]
-    for module, name in ((torch, "__version__"), (hf_flashprefill, "__version__")):
-        with monkeypatch.context() as changed:
-            changed.setattr(module, name, "99")
-            known._machine.cache_clear()
-            keys.append(known.measurement_key(RULE, SHAPE, CPU))
-    known._machine.cache_clear()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    keys.append(known.measurement_key(RULE, SHAPE, CPU))
-    known._machine.cache_clear()
-    assert len(set(keys)) == len(keys) == 14
-    # What does not change the time does not make it measure again.
-    assert known.rule_of(FlashPrefillConfig(alpha=0.3, dense_layers=[1], min_seq_len=5, block_size=64)) == RULE
-
-
-LENGTHS = tuple(range(10, 100, 10))
 
 
 @pytest.mark.parametrize(
