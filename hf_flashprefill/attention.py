@@ -23,7 +23,7 @@ from .custom_op import config_to_json, sparse_prefill
 from .fitting import UnsupportedModelError, eager_attention_of, layer_number, misfit_of_layer
 from .functional import DTYPES, flash_prefill_attention
 from .masking import CausalMask, base_mask_for
-from .stats import has_record, record_compiled_sparse, record_dense, record_sparse
+from .stats import has_record, record_compiled_audit, record_compiled_sparse, record_dense, record_sparse
 
 logger = logging.get_logger(__name__)
 
@@ -105,7 +105,7 @@ def prefill_attention(
         # A static cache hands over its whole buffer; the mask knows how much of it is filled.
         key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
     if reason is not None:
-        record_dense(module, reason, query.device)
+        record_dense(module, reason, query)
         if reason == "gradients needed" and not torch.compiler.is_compiling():
             logger.warning_once(
                 "Prefill stays dense because gradients are enabled; wrap the call in torch.no_grad() for sparse prefill."
@@ -150,9 +150,9 @@ def _compiled_sparse_attention(settings, module, query, key, value, scale, valid
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     config, text = settings.of_layer(module)
     output, kept, visible, dropped = sparse_prefill(query, key, value, valid_ranges, text, scale, sliding_window, sinks)
-    record = record_compiled_sparse(module, kept, visible)
+    record = record_compiled_sparse(module, query, kept, visible)
     if config.audit_rows and sliding_window is None:
-        record.add_audit(dropped, config.audit_limit)
+        record_compiled_audit(record, dropped, config.audit_limit)
     return output
 
 

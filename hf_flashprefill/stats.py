@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from .audit import Alarm, HostCopy
 from .block_index import BlockIndex
+from .compiled_counts import CompiledCounts, audits_together
 
 # Where a patched model's attention layers keep their record. An attribute, and not a table by module, because a compiled
 # graph finds its way from the module it is in to a tensor only along attributes.
@@ -30,15 +32,14 @@ class LayerRecord:
     dense_calls: dict[str, int] = field(default_factory=dict)
     kept: torch.Tensor | None = None
     visible: int | torch.Tensor = 0
-    # What compiled graphs count, which can add to tensors but not to Python's numbers.
-    compiled_sparse_calls: torch.Tensor | None = None
-    compiled_dense_calls: dict[str, torch.Tensor] = field(default_factory=dict)
-    # Of the audited calls, float32 [3]: sum of the mean dropped shares, number of calls, largest dropped share.
+    # ``RowAudit.dropped`` of all audited calls together.
     audit: torch.Tensor | None = None
     audit_limit: float = 1.0
     audit_copy: HostCopy | None = None
     # Made when it is needed: a compiled graph that makes a record can make no such object.
     alarm: Alarm | None = None
+    # Calls of compiled graphs, which are in none of the above.
+    compiled: CompiledCounts | None = None
 
     def __deepcopy__(self, memo: dict) -> LayerRecord:
         return LayerRecord(self.revive)
@@ -48,14 +49,10 @@ class LayerRecord:
 
     @property
     def was_called(self) -> bool:
-        counts = (self.sparse_calls, self.dense_calls, self.compiled_sparse_calls is not None, self.compiled_dense_calls)
-        return any(counts)
+        return bool(self.sparse_calls or self.dense_calls) or (self.compiled is not None and self.compiled.was_called())
 
     def add_index(self, index: BlockIndex) -> None:
-        self.add_blocks(index.counts.sum((0, 2), dtype=torch.int64), index.visible_total())
-
-    def add_blocks(self, kept: torch.Tensor, visible: int | torch.Tensor) -> None:
-        """Kept blocks per head, int64 [Hq], and visible blocks of one head."""
+        kept, visible = index.counts.sum((0, 2), dtype=torch.int64), index.visible_total()
         # A layer that moved to another device starts from what it had there.
         self.kept = kept if self.kept is None else self.kept.to(kept.device) + kept
         if isinstance(self.visible, torch.Tensor):
@@ -64,10 +61,8 @@ class LayerRecord:
 
     def add_audit(self, dropped: torch.Tensor, limit: float) -> None:
         """``RowAudit.dropped`` of one call, and the share from which on it is worth a warning."""
-        if self.audit is not None:
-            before = self.audit.to(dropped.device)
-            dropped = torch.cat([before[:2] + dropped[:2], torch.maximum(before[2:], dropped[2:])])
-        self.audit, self.audit_limit = dropped, limit
+        self.audit = dropped if self.audit is None else audits_together(self.audit.to(dropped.device), dropped)
+        self.audit_limit = limit
 
     def check_audit(self) -> None:
         """Warn if the audit of earlier calls is above its limit, as far as that has reached the host. Never waits."""
@@ -99,7 +94,8 @@ _PAST: WeakKeyDictionary[nn.Module, LayerRecord] = WeakKeyDictionary()
 def attach_record(module: nn.Module, revive: tuple[Callable[..., LayerRecord], tuple] | None) -> None:
     """Give a layer that is being patched its record: the one it has or had, else an empty one."""
     record = module.__dict__.get(ATTRIBUTE) or _PAST.pop(module, None) or LayerRecord()
-    setattr(module, ATTRIBUTE, replace(record, revive=revive))
+    compiled = record.compiled or CompiledCounts.for_layer(module)
+    setattr(module, ATTRIBUTE, replace(record, revive=revive, compiled=compiled))
 
 
 def has_record(module: nn.Module) -> bool:
@@ -131,20 +127,13 @@ def restore_records(saved: Records) -> None:
                 home[key] = record
 
 
-def record_dense(module: nn.Module, reason: str, device: torch.device | None = None, calls: int = 1) -> None:
-    """Count dense calls; ``device`` is where compiled graphs keep their counts.
-
-    One token at a time is not counted while compiling: it would cost every decode step a write.
-    """
+def record_dense(module: nn.Module, reason: str, query: torch.Tensor | None = None, calls: int = 1) -> None:
+    """Count dense calls; a compiled graph needs their ``query``, [B, Hq, Sq, D]."""
     if not torch.compiler.is_compiling():
         counts = _record(module).dense_calls
         counts[reason] = counts.get(reason, 0) + calls
     elif reason != "decode":
-        compiled = _record(module).compiled_dense_calls
-        if reason not in compiled:
-            compiled[reason] = torch.zeros((), dtype=torch.int64, device=device)
-        # Not in place: begun under ``torch.inference_mode`` it can only be copied elsewhere.
-        compiled[reason] = compiled[reason] + calls
+        _compiled_counts(_record(module), query).add_dense(reason)
 
 
 def record_sparse(module: nn.Module, calls: int = 1) -> LayerRecord:
@@ -154,17 +143,28 @@ def record_sparse(module: nn.Module, calls: int = 1) -> LayerRecord:
     return record
 
 
-def record_compiled_sparse(module: nn.Module, kept: torch.Tensor, visible: torch.Tensor) -> LayerRecord:
-    """Count a sparse call of a compiled graph: kept blocks per head, int64 [Hq], and visible blocks of one head, int64 [].
+def record_compiled_sparse(module: nn.Module, query: torch.Tensor, kept: torch.Tensor, visible: torch.Tensor) -> LayerRecord:
+    """Count a sparse call of a compiled graph: kept blocks of each head, int64 [Hq], and visible blocks of one head, int64 [].
 
     Returns the record, for the call's audit.
     """
     record = _record(module)
-    if record.compiled_sparse_calls is None:
-        record.compiled_sparse_calls = torch.zeros((), dtype=torch.int64, device=kept.device)
-    record.compiled_sparse_calls = record.compiled_sparse_calls + 1
-    record.add_blocks(kept, visible)
+    _compiled_counts(record, query).add_sparse(kept, visible)
     return record
+
+
+def record_compiled_audit(record: LayerRecord, dropped: torch.Tensor, limit: float) -> None:
+    """``RowAudit.dropped`` of the call that ``record_compiled_sparse`` counted, and the share worth a warning."""
+    record.compiled.add_audit(dropped)
+    record.audit_limit = limit
+
+
+def _compiled_counts(record: LayerRecord, query: torch.Tensor) -> CompiledCounts:
+    if record.compiled is None:
+        record.compiled = CompiledCounts.zeros(query.shape[1], query.device)
+    elif not record.compiled.fits(query):
+        record.compiled = record.compiled.moved(query)
+    return record.compiled
 
 
 def _record(module: nn.Module) -> LayerRecord:
@@ -268,20 +268,27 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
 def layer_stats(module: nn.Module, number: int, dense_calls: Counter | None = None) -> LayerStats:
     """What one attention layer has done, as layer ``number``; ``dense_calls`` are further ones, counted elsewhere."""
     record = _known_record(module) or LayerRecord()
-    heads = []
-    if record.kept is not None:
-        # Every head sees the same blocks.
-        visible = max(int(record.visible), 1)
-        heads = [kept / visible for kept in record.kept.tolist()]
-    compiled = Counter({reason: int(count) for reason, count in record.compiled_dense_calls.items()})
+    calls, dense, audit = record.sparse_calls, Counter(record.dense_calls), record.audit
+    kept, visible = [] if record.kept is None else record.kept.tolist(), int(record.visible)
+    compiled = record.compiled
+    if compiled is not None:
+        dense += compiled.dense_calls_by_reason()
+    if compiled is not None and compiled.sparse_calls > 0:
+        calls += int(compiled.sparse_calls)
+        kept = [sum(counts) for counts in zip_longest(kept, compiled.kept.tolist(), fillvalue=0)]
+        visible += int(compiled.visible)
+        if compiled.audit[1] > 0:
+            audit = compiled.audit if audit is None else audits_together(audit.to(compiled.audit.device), compiled.audit)
+    # Every head sees the same blocks.
+    heads = [count / max(visible, 1) for count in kept]
     return LayerStats(
         layer=number,
-        sparse_calls=record.sparse_calls + int(record.compiled_sparse_calls or 0),
-        dense_calls=dict(Counter(record.dense_calls) + compiled + (dense_calls or Counter())),
+        sparse_calls=calls,
+        dense_calls=dict(dense + (dense_calls or Counter())),
         density=sum(heads) / len(heads) if heads else None,
         head_density=heads,
-        dropped_mass=None if record.audit is None else _mean_dropped(record.audit),
-        largest_dropped_mass=None if record.audit is None else record.audit[2].item(),
+        dropped_mass=None if audit is None else _mean_dropped(audit),
+        largest_dropped_mass=None if audit is None else audit[2].item(),
     )
 
 
@@ -302,7 +309,7 @@ def reset_layer(module: nn.Module, alarm: Alarm | None = None) -> None:
     _PAST.pop(module, None)
     record = module.__dict__.get(ATTRIBUTE)
     if record is not None:
-        setattr(module, ATTRIBUTE, LayerRecord(record.revive, alarm=alarm))
+        setattr(module, ATTRIBUTE, LayerRecord(record.revive, alarm=alarm, compiled=CompiledCounts.for_layer(module)))
 
 
 def _require_module(model: nn.Module) -> None:

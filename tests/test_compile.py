@@ -163,19 +163,6 @@ def test_a_compiled_model_follows_unpatching_and_new_settings():
 
 
 @needs_lengths_in_masks
-def test_counts_begun_under_inference_mode_go_on_without():
-    model = patch_model(tiny_model(), alpha=0, **SETTINGS)
-    compiled = torch.compile(model, backend="eager")
-    for length in (20, 160):
-        with torch.inference_mode():
-            compiled(prompt(length=length))
-        for _ in range(2):
-            with torch.no_grad():
-                compiled(prompt(length=length))
-    assert prefill_stats(model).dense_calls == {"shorter than min_seq_len": 6}
-    assert prefill_stats(model).sparse_calls == 6
-
-
 @pytest.mark.parametrize("strict", [False, True])
 @torch.no_grad()
 def test_exported_models_give_the_numbers_of_the_unpatched(strict):
