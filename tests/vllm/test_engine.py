@@ -141,10 +141,17 @@ def test_chunks_leave_short_rows_alone_and_cached_prefixes_answer_as_cold_ones(s
     assert layers[1]["dense_calls"]["dense layer"] == layers[0]["sparse_calls"]
 
 
-def test_bad_settings_stop_the_start(model_folder, reference_model):
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"alpha": 7}, "alpha must be from 0 to 1, got 7"),
+        ({"dense_layers": [2]}, r"dense_layers must lie from 0 to 1, got \(2,\)"),
+    ],
+)
+def test_bad_settings_stop_the_start(model_folder, reference_model, setting, named):
     with (
-        pytest.raises(ValueError, match=r'additional_config\["flashprefill"\]: alpha must be from 0 to 1, got 7'),
-        engine(model_folder, 1024, SPARSE | {"alpha": 7}),
+        pytest.raises(ValueError, match=r'additional_config\["flashprefill"\]: ' + named),
+        engine(model_folder, 1024, SPARSE | setting),
     ):
         pass
 

@@ -172,11 +172,12 @@ def test_a_length_left_to_us():
         ({"min_query_len": 7}, 3, "min_query_len must be a whole number >= 8, got 7"),
         ({"min_query_len": True}, 0, "min_query_len"),
         ({"min_seq_len": -1}, 0, "min_seq_len must be >= 0, got -1"),
+        ({"dense_layers": [0, 4]}, 0, r"dense_layers must lie from 0 to 3, got \(0, 4\)"),
     ],
 )
 def test_bad_settings_are_named_in_one_line(given, drafts, named):
     with pytest.raises(ValueError, match=named) as caught:
-        settings_from({KEY: given}, drafts)
+        settings_from({KEY: given}, drafts, layers=4)
     message = str(caught.value)
     assert message.startswith('additional_config["flashprefill"]')
     assert "\n" not in message

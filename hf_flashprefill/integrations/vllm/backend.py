@@ -267,8 +267,11 @@ def run_part(common: CommonAttentionMetadata, run: Run) -> CommonAttentionMetada
 
 def _engine_settings(vllm_config):
     speculative = vllm_config.speculative_config
-    drafts = 0 if speculative is None else speculative.num_speculative_tokens or 0
-    return settings_from(vllm_config.additional_config, drafts)
+    if speculative is not None:
+        # A draft model's layers are numbered on from the model's.
+        return settings_from(vllm_config.additional_config, speculative.num_speculative_tokens or 0)
+    layers = getattr(vllm_config.model_config.hf_text_config, "num_hidden_layers", None)
+    return settings_from(vllm_config.additional_config, layers=layers)
 
 
 def _group_dense_reason(kv_cache_spec, vllm_config) -> str | None:

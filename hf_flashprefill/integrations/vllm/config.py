@@ -35,12 +35,13 @@ class RowSettings:
         return AUTO_MIN_SEQ_LEN if self.prefill.min_seq_len == AUTO else self.prefill.min_seq_len
 
 
-def settings_from(additional_config: Any, speculative_tokens: int = 0) -> RowSettings:
+def settings_from(additional_config: Any, speculative_tokens: int = 0, layers: int | None = None) -> RowSettings:
     """Read ``additional_config["flashprefill"]``: a FlashPrefillConfig's fields and ``min_query_len``.
 
     Args:
         additional_config: vLLM's ``additional_config``. Without our key every setting has its default.
         speculative_tokens: Draft tokens a speculative engine verifies in one row. Such rows are not prompts.
+        layers: How many layers the engine has; None if that is not known.
 
     Raises:
         ValueError: A key is unknown or a value is out of its range, in one line that names it.
@@ -66,4 +67,6 @@ def settings_from(additional_config: Any, speculative_tokens: int = 0) -> RowSet
     for name in ("layer_alphas", "audit_rows"):
         if getattr(prefill, name):
             raise ValueError(f"{place}: {name} is for transformers models and not in vLLM, got {values[name]!r}")
+    if layers is not None and any(layer >= layers for layer in prefill.dense_layers):
+        raise ValueError(f"{place}: dense_layers must lie from 0 to {layers - 1}, got {prefill.dense_layers}")
     return RowSettings(prefill, int(min_query_len))
