@@ -76,6 +76,8 @@ def misfit_of_layer(layer: nn.Module, base: str) -> str | None:
             return f"{name} computes eager attention in a way of its own, reorder_and_upcast_attn"
         if eager_attention_of(type(layer)) is None:
             return f"{name} brings no eager attention that can be called"
+    if cuts_masks(getattr(layer, "config", None)) and base not in ("sdpa", "eager"):
+        return f"{name} belongs to a model that cuts masks, which {base} does not allow"
     return None
 
 
@@ -85,7 +87,7 @@ def layer_number(layer: nn.Module) -> int | None:
     return number if isinstance(number, int) and number >= 0 else None
 
 
-def cuts_masks(config: PretrainedConfig) -> bool:
+def cuts_masks(config: PretrainedConfig | None) -> bool:
     """Whether a model cuts masks to the queries whose logits are kept, as Gemma 4 does for layers that share keys."""
     is_gemma4 = getattr(config, "model_type", "").startswith("gemma4")
     return is_gemma4 and bool(getattr(config, "num_kv_shared_layers", None))

@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .attention import PrefillSettings, prefill_attention
 from .config import FlashPrefillConfig
-from .fitting import UnsupportedModelError, cuts_masks, layer_number, misfit_of_layer, source_of
+from .fitting import UnsupportedModelError, layer_number, misfit_of_layer, source_of
 from .masking import prefill_mask
 from .stats import LayerRecord, attach_record, detach_record, reset_prefill_stats, restore_records, saved_records
 
@@ -239,8 +239,6 @@ class _SeamPart:
             reason = misfit_of_layer(module, self.base)
             if reason is not None:
                 raise UnsupportedModelError(f"{name}: {reason}")
-        if cuts_masks(self.config) and self.base not in ("sdpa", "eager"):
-            raise UnsupportedModelError(f"{name}: it cuts masks, which {self.base} does not allow")
         if getattr(self.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name}: encoder-decoder models have no causal prefill")
 

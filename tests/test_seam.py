@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import hf_flashprefill.attention as seam
-from hf_flashprefill import UnsupportedModelError, patch_model, patched, prefill_stats, unpatch_model
+from hf_flashprefill import (
+    FlashPrefillConfig,
+    UnsupportedModelError,
+    patch_model,
+    patched,
+    prefill_stats,
+    register_attention,
+    unpatch_model,
+)
 from hf_flashprefill.support.families import FAMILIES
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH, PADDED, SITUATIONS, padding, prompt
@@ -184,6 +192,16 @@ def test_masks_that_a_model_cuts_when_it_knows_sdpa_by_name(base):
             assert bool(prefill_stats(model).sparse_calls) == bool(settings)
         assert_same_output(logits, expected[0])
         assert torch.equal(tokens, expected[1])
+
+
+@torch.no_grad()
+def test_models_that_cut_masks_want_a_base_that_can():
+    model = tiny_or_skip("gemma4", "flex_attention")
+    with pytest.raises(UnsupportedModelError, match="cuts masks, which flex_attention does not allow"):
+        patch_model(model)
+    by_name = tiny_or_skip("gemma4", register_attention(FlashPrefillConfig(), base="flex_attention"))
+    with pytest.raises(UnsupportedModelError, match="cuts masks, which flex_attention does not allow"):
+        by_name(prompt())
 
 
 @torch.no_grad()
