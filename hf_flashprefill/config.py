@@ -79,7 +79,7 @@ class FlashPrefillConfig:
             prefill was faster when ``warmup`` measured it on this machine, else 12288 tokens on Hopper GPUs, 8192 on CPUs and
             16384 on other GPUs and for small layers. With ``"auto"`` a chunk of 1024 or more queries counts as the whole prompt
             whose queries see as many keys, so that chunks run sparse, too, once enough stands before them. On one H200 the
-            operator was 0.66 times as fast as torch's dense attention at 8192 tokens and 1.10 times at 12288; the other numbers
+            operator was 0.92 times as fast as torch's dense attention at 8192 tokens and 1.51 times at 12288; the other numbers
             are guesses.
         dense_layers: Layers, counted from 0, that stay dense.
         layer_alphas: One alpha for each layer of a model, as ``calibrate`` finds them; they replace ``alpha``. None: all

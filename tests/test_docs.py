@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_flashprefill.compiled_counts import DENSE_REASONS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -22,7 +24,7 @@ def test_python_blocks_run(monkeypatch, capsys):
             assert namespace["prefill_stats"](namespace["model"]).sparse_calls > 0
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "results" / "README.md"]
 
 
 def headings(page: Path) -> set[str]:
@@ -49,6 +51,14 @@ COMMANDS = {command for page in PAGES for command in re.findall(r"python -m (eva
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_commands_exist(command):
     assert (ROOT / (command.replace(".", "/") + ".py")).exists()
+
+
+def test_every_dense_reason_is_explained():
+    page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    explained = {
+        reason for row in re.findall(r"^\| (\".*?) \|", page, flags=re.MULTILINE) for reason in re.findall(r'"(.*?)"', row)
+    }
+    assert explained == {"decode", *DENSE_REASONS}
 
 
 def test_public_names_have_docstrings():
