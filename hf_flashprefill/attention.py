@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -191,8 +192,15 @@ def dense_reason(
     if module.training:
         # Reentrant gradient checkpointing runs without gradients first, and again with them.
         return "training mode"
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (query, key, value, sinks)):
+    tensors = [tensor for tensor in (query, key, value, sinks) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "gradients needed"
+    if not torch.compiler.is_compiling():
+        # Forward mode: a tangent comes along without requires_grad and under torch.no_grad(), and kernels would lose it.
+        if any(unpack_dual(tensor).tangent is not None for tensor in tensors):
+            return "gradients needed"
+        if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in tensors):
+            return "torch.vmap"
     if dropout:
         return "dropout"
     asks_for_weights = kwargs.get("output_attentions")

@@ -22,6 +22,7 @@ DENSE_REASONS = (
     "not causal",
     "training mode",
     "gradients needed",
+    "torch.vmap",
     "dropout",
     "output_attentions",
     "mask unknown while compiling",

@@ -22,7 +22,7 @@ from transformers.masking_utils import (
 
 from .config import FlashPrefillConfig
 from .crossover import is_long_enough, min_seq_len_of_model
-from .fitting import cuts_masks
+from .fitting import UnsupportedModelError, cuts_masks
 
 
 class CausalMask(torch.Tensor):
@@ -42,18 +42,33 @@ class CausalMask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        """As ``Tensor``'s, but the last queries of a mask that is taken for a 4-D one, ``mask[:, :, -n:, :]``, end where all
-        end, so that it stays what it is. A graph does not follow a ``__getitem__`` of ours."""
+        """As ``Tensor``'s for what leaves every row the mask that it was; whoever calculates with it takes it for another mask.
+
+        The last queries of one that is taken for a 4-D one, ``mask[:, :, -n:, :]``, end where all end, so that it stays what
+        it is. A graph does not follow a ``__getitem__`` of ours.
+
+        Raises:
+            UnsupportedModelError: Anything else is to be done with the mask.
+        """
         if function is torch.Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
             batch, head, query, key = args[1]
             if batch == head == key == slice(None) and isinstance(query, slice) and query == slice(query.start, None):
                 return args[0]
-        return super().__torch_function__(function, types, args, kwargs or {})
+        if function is torch.Tensor.__setitem__:
+            raise _none_to_calculate_with("__setitem__")
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if isinstance(result, torch.Tensor) and not _keeps_rows(function.__name__, args, kwargs or {}):
+            raise _none_to_calculate_with(function.__name__)
+        return result
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Tensor.to``; a copy of an expanded tensor is filled in, so what says that nothing is padding is put back."""
         moved = super().to(*args, **kwargs)
-        return moved[:, :1].expand(self.shape) if self.stride(1) == 0 and moved.stride(1) != 0 else moved
+        if self.stride(1) != 0 or moved.stride(1) == 0:
+            return moved
+        with torch._C.DisableTorchFunctionSubclass():
+            expanded = moved[:, :1].expand(self.shape)
+        return expanded.as_subclass(type(self))
 
     def valid_ranges(self) -> torch.Tensor | None:
         """int32 [B, 2] as flash_prefill_attention takes them, or None when nothing is padding. Never waits."""
@@ -63,6 +78,28 @@ class CausalMask(torch.Tensor):
     def padding(self) -> torch.Tensor | None:
         """The mask as a plain tensor, or None when nothing is padding."""
         return None if self.stride(1) == 0 else _as_tensor(self)
+
+
+def _none_to_calculate_with(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the attention mask of a patched model stands for a causal one and is none to calculate with, "
+        f"but {name} was called on it; inside `with unpatched(model)` transformers makes a mask of the usual kind"
+    )
+
+
+# Functions of tensors that move or copy a mask whole, and those that choose or repeat rows, as beams and candidates want it, if
+# they are told the first dimension, at this place of their arguments.
+_WHOLE = ("__get__", "to", "clone", "contiguous", "cpu", "cuda", "detach", "pin_memory", "__deepcopy__", "as_subclass")
+_ALONG = {"index_select": 1, "repeat_interleave": 2}
+
+
+def _keeps_rows(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether every row of the result of a function is, whole, the mask of a row before."""
+    if name in _ALONG:
+        return (args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim")) == 0
+    if name == "__getitem__":
+        return isinstance(args[1], slice) or (isinstance(args[1], torch.Tensor) and args[1].dim() == 1)
+    return name in _WHOLE
 
 
 @functools.cache
@@ -85,8 +122,8 @@ def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> A
         # what is there: it may be cut to a window's keys already.
         return arguments["attention_mask"]
     mask = None
-    # A non-strict export runs this as it is, on tensors of which it can make no subclass.
-    is_export = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    # A non-strict export and torch.jit.trace run this as it is, on tensors of which they can make no subclass.
+    is_export = torch.jit.is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
     if not is_export and _device(arguments).type != "meta" and _is_long_enough(settings, arguments):
         mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _causal_mask(arguments)
     if mask is not None:

@@ -196,7 +196,10 @@ class _SeamPart:
             # PEFT wraps the model and offers this; it does not inherit from PreTrainedModel.
             inner = model.get_base_model() if hasattr(model, "get_base_model") else None
             if not isinstance(inner, PreTrainedModel):
-                raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+                name = type(model).__name__
+                raise TypeError(
+                    f"model must be a transformers PreTrainedModel, got {name}; patch a wrapped one before wrapping it"
+                )
             model = inner
         text = model.config.get_text_config(decoder=True)
         if text is model.config:

@@ -116,7 +116,8 @@ def plot_density(stats: PrefillStats, ax: Axes | None = None) -> Axes:
                     )
     ax.set_xticks(range(0, heads, max(1, heads // 16)))
     step = max(1, len(grid) // 16)
-    ax.set_yticks(range(0, len(grid), step), [str(layer.layer) for layer in stats.layers[::step]])
+    numbers = ["-" if layer.layer is None else str(layer.layer) for layer in stats.layers]
+    ax.set_yticks(range(0, len(grid), step), numbers[::step])
     ax.set_xlabel("head", fontsize=9)
     ax.set_ylabel("layer", fontsize=9)
     ax.tick_params(labelsize=8, length=0)

@@ -14,6 +14,7 @@ from torch import nn
 from .audit import Alarm, HostCopy
 from .block_index import BlockIndex
 from .compiled_counts import CompiledCounts, audits_together
+from .fitting import layer_number
 
 # Where a patched model's attention layers keep their record. An attribute, and not a table by module, because a compiled
 # graph finds its way from the module it is in to a tensor only along attributes.
@@ -181,7 +182,7 @@ class LayerStats:
     """One attention layer.
 
     Attributes:
-        layer: Number of the layer.
+        layer: Number of the layer; None if its module does not say, as layers that share one cannot.
         sparse_calls: Calls that ran sparse.
         dense_calls: Calls that stayed dense, by reason.
         density: Kept over causally visible key blocks, all sparse calls together; None if there were none.
@@ -191,7 +192,7 @@ class LayerStats:
         largest_dropped_mass: The largest such share of a single query and head.
     """
 
-    layer: int
+    layer: int | None
     sparse_calls: int
     dense_calls: dict[str, int]
     density: float | None
@@ -238,7 +239,8 @@ class PrefillStats:
             heads = f"{min(layer.head_density):.3f}-{max(layer.head_density):.3f}" if layer.head_density else "-"
             dense = sum(layer.dense_calls.values())
             dropped = f"{_dropped_cell(layer):>17}  " if audited else ""
-            lines.append(f"{layer.layer:5d} {layer.sparse_calls:7d} {dense:7d}  {density:>7}  {dropped}{heads}")
+            number = "-" if layer.layer is None else layer.layer
+            lines.append(f"{number:>5} {layer.sparse_calls:7d} {dense:7d}  {density:>7}  {dropped}{heads}")
         lines += [f"dense because: {reason} ({count})" for reason, count in sorted(self.dense_calls.items())]
         return "\n".join(lines)
 
@@ -260,12 +262,12 @@ def prefill_stats(model: nn.Module) -> PrefillStats:
     for module in model.modules():
         record = _known_record(module)
         if record is not None and record.was_called:
-            layers.append(layer_stats(module, getattr(module, "layer_idx", len(layers))))
+            layers.append(layer_stats(module, layer_number(module)))
             record.warn_above_limit(layers[-1].dropped_mass or 0.0)
     return PrefillStats(layers)
 
 
-def layer_stats(module: nn.Module, number: int, dense_calls: Counter | None = None) -> LayerStats:
+def layer_stats(module: nn.Module, number: int | None, dense_calls: Counter | None = None) -> LayerStats:
     """What one attention layer has done, as layer ``number``; ``dense_calls`` are further ones, counted elsewhere."""
     record = _known_record(module) or LayerRecord()
     calls, dense, audit = record.sparse_calls, Counter(record.dense_calls), record.audit
