@@ -38,6 +38,16 @@ def test_unpatch_gives_back_the_previous_implementation(base):
     assert model.config._attn_implementation == base
 
 
+@torch.no_grad()
+def test_layers_that_do_not_say_which_they_are_have_no_number():
+    model = patch_model(tiny_model(), alpha=0, min_seq_len=1)
+    model.model.layers[0].self_attn.layer_idx = None
+    model(ids(), use_cache=False)
+    stats = prefill_stats(model)
+    assert [layer.layer for layer in stats.layers] == [None, 1]
+    assert [line.split()[0] for line in str(stats).splitlines()] == ["layer", "-", "1"]
+
+
 def test_patching_again_replaces_the_settings():
     model = patch_model(tiny_model(), alpha=0.1, min_seq_len=1)
     with torch.no_grad():
