@@ -26,10 +26,13 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
         return AttendTiles(block_m=32, block_n=32, num_warps=4, num_stages=1 if block_d > 128 else 2)
     if block_d > 128:
         return AttendTiles(min(block_size, 64), 32, num_warps=8, num_stages=2)
-    if capability[0] in (9, 10):
+    if capability[0] == 9:
         # H200, head_dim 128, bfloat16, 32 query and 8 key-value heads, published densities: 128 keys a step instead of 64 took
         # 3.78 ms instead of 4.52 at 32K tokens and 22.4 instead of 26.0 at 128K.
         return AttendTiles(block_size, block_size, num_warps=8 if block_size == 128 else 4, num_stages=2, copy_engine=True)
+    if capability[0] == 10:
+        # Never run on one. With 128 keys a step the kernel for windows and sinks spills there with triton 3.8 and 3.9.
+        return AttendTiles(block_size, 64, num_warps=8 if block_size == 128 else 4, num_stages=3, copy_engine=True)
     # compute capability 8.x and 12.x have about 100 KB of shared memory and no wgmma: 128x64 spills there.
     return AttendTiles(block_size, 32 if block_d == 128 else 64, num_warps=8 if block_size == 128 else 4, num_stages=2)
 
@@ -129,7 +132,7 @@ class ProbeTiles(NamedTuple):
 
 def probe_tiles(capability: tuple[int, int], block_d: int) -> ProbeTiles:
     """Tiles of the finer probe's portable kernel for a padded head_dim ``block_d``."""
-    if capability[0] in (9, 10):
+    if capability[0] == 9:
         # H200, 32 query and 8 key-value heads, head_dim 128, 128K tokens, 16-bit products: eight warps took 4.41 ms (three
         # stages) and 4.65 (two), four warps 3.24; 64 rows and four warps 3.61.
         num_warps = 8 if block_d > 128 else 4
