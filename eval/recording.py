@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 import zlib
@@ -182,11 +181,6 @@ def package_version(package: str) -> str | None:
 def device_slug(environment: dict[str, Any]) -> str:
     """The device of a run as file names have it."""
     return "cpu" if environment["threads"] else environment["device"].lower().replace(" ", "-")
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def fingerprint(model: PreTrainedModel) -> int:

@@ -460,8 +460,8 @@ def main(argv: list[str]) -> int:
         "held_out_loss": held_out_loss(model, tokenizer),
         "recall": recall,
     }
-    (args.output / "README.md").write_text(model_card(model, _without_output(argv), record))
-    (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.output / "README.md").write_text(model_card(model, _without_output(argv), record), encoding="utf-8")
+    (args.output / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({"output": str(args.output), "worst_recall": min(row["recall"] for row in recall)}))
     return 0
 
