@@ -11,11 +11,11 @@
 | `summary` | what the printed table says, one record a line |
 | `rows` | one record per prompt or question, in an order that follows from the arguments; fields in each harness's row class |
 
-Shares are from 0 to 1, lengths and positions in tokens, losses in nats per token, and fields that end in `seconds` in
-seconds. A `density` is that of what ran sparse, null if nothing did; the `dense` beside it in a summary is how many of its
-prompts or questions did not. Two runs with the same arguments differ in `environment` and in the fields that end in
-`seconds` only, up to what the device's arithmetic allows; a run that was interrupted and resumed differs from one that was
-not in nothing else.
+Shares are from 0 to 1, lengths and positions in tokens, losses in nats per token, and times in the unit that is the last word
+of their field: `seconds`, `s` or `ms`. A `density` is that of what ran sparse, null if nothing did; the `dense` beside it in a
+summary is how many of its prompts or questions did not. Two runs with the same arguments differ only in `environment`, in
+times, and in what the harnesses of speed work out from theirs (ratios, rates, how often something was timed), up to what the
+device's arithmetic allows; a run that was interrupted and resumed differs from one that was not in nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 SCHEMA_VERSION = 1
+# The last word of a field that holds a time.
+TIME_UNITS = ("seconds", "s", "ms")
 
 
 class ModelRecord(TypedDict):
@@ -81,9 +83,11 @@ class Result:
 
 
 def timeless(value: Any) -> Any:
-    """A result's content without what differs between two runs of the same command: the environment and all seconds."""
+    """A result's content without the environment and without all times, which differ between two runs of the same command;
+    what a harness of speed works out from times stays."""
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k != "environment" and not k.endswith("seconds")}
+        kept = (name for name in value if name != "environment" and name.rpartition("_")[2] not in TIME_UNITS)
+        return {name: timeless(value[name]) for name in kept}
     if isinstance(value, list):
         return [timeless(entry) for entry in value]
     return value

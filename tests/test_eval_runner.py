@@ -215,6 +215,16 @@ def test_results_are_read_back_and_others_refused(whole, tmp_path):
     assert whole["config"]["min_seq_len"] == 1
 
 
+def test_only_times_and_the_environment_are_dropped():
+    times = dict.fromkeys(["patched_seconds", "seconds", "median_s", "quartile_low_ms", "ms"], 1.0)
+    rest = {"runs": 5, "dense_calls": {}, "kernels": [{"launches": 2.0}], "attend": {}}
+    kernels = [{"launches": 2.0, "ms": 1.0}]
+    full = times | rest | {"environment": {"torch": "2"}, "attention_s": {"patched": 1.0}, "kernels": kernels, "attend": times}
+    assert timeless([full]) == [rest]
+    # No setting is taken for a time.
+    assert timeless(FlashPrefillConfig().to_dict()) == FlashPrefillConfig().to_dict()
+
+
 def test_summaries_follow_from_the_rows(whole):
     rows = [row for row in whole["rows"] if row["length"] == 900]
     summary = whole["summary"][1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eval import common, layout_speed, lm_eval_adapter, operator_speed, recording, ttft, vllm_ttft
+from eval.schema import timeless
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = ["--lengths", "256", "384", "512"]
@@ -91,6 +92,27 @@ def test_limit_takes_the_first_lengths(harness, tmp_path):
     record = json.loads(path.read_text())
     assert {row["length"] for row in record["rows"]} == {256}
     assert (record["arguments"]["lengths"], record["arguments"]["limit"]) == ([256, 384, 512], 1)
+
+
+# What harnesses of speed work out from times.
+FROM_TIMES = ("speedup", "ceiling", "overhead", "attend_tflops", "index_share", "runs")
+
+
+@harnesses
+def test_two_runs_differ_in_times_and_what_follows_from_them(harness, tmp_path):
+    records = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.json"
+        assert harness.main([*OPTIONS[harness], "--limit", "1", "--output", str(path)]) == 0
+        whole = json.loads(path.read_text())
+        records.append(timeless(whole))
+        assert records[-1] != whole
+        for row in records[-1]["rows"]:
+            for part in [row, *(value for value in row.values() if isinstance(value, dict))]:
+                for key in [key for key in part if key.startswith(FROM_TIMES)]:
+                    del part[key]
+    assert records[0] == records[1]
+    assert "median" not in json.dumps(records)
 
 
 def test_limit_is_of_each_head_dim_and_batch(tmp_path):
