@@ -16,12 +16,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from hf_flashprefill import BlockIndex, functional
+from hf_flashprefill import BlockIndex, attention_mass, functional
 from hf_flashprefill.geometry import PrefillGeometry
 
 ORACLES = ("oracle-mean", "oracle-max")
-# Logits of this many entries at a time, 256 MiB in float32.
-LOGITS_AT_ONCE = 1 << 26
 
 
 class BlockMasses(NamedTuple):
@@ -34,53 +32,39 @@ class BlockMasses(NamedTuple):
         return self.mean if oracle == "oracle-mean" else self.largest
 
 
-def row_masses(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, block_size: int, scale: float) -> torch.Tensor:
-    """Exact share of each key block in the causal attention of some queries of a whole prompt.
+def block_masses(
+    query: torch.Tensor, key: torch.Tensor, geometry: PrefillGeometry, scale: float, first: int = 0, count: int | None = None
+) -> BlockMasses:
+    """True block masses of ``count`` query blocks from ``first`` on, all if None. Logits are held a few rows at a time.
 
     Args:
         query: [1, Hq, S, D].
         key: [1, Hkv, S, D].
-        rows: int64 [R], which queries, ascending.
-        block_size: Tokens per key block.
+        geometry: Of the prompt.
         scale: Multiplies query-key products.
-
-    Returns:
-        float32 [Hq, R, N]; every row sums to 1. Logits are held a few rows at a time.
-    """
-    (heads, length), key_heads = query.shape[1:3], key.shape[1]
-    end = int(rows[-1]) + 1
-    keys = key[0, :, :end].float().transpose(1, 2)
-    position = torch.arange(end, device=query.device)
-    parts = []
-    for part in rows.split(max(1, LOGITS_AT_ONCE // (heads * end))):
-        grouped = query[0, :, part].float().mul(scale).unflatten(0, (key_heads, -1)).flatten(1, 2)
-        logits = (grouped @ keys).view(heads, len(part), end)
-        logits.masked_fill_(position > part[:, None], float("-inf"))
-        shares = F.pad(logits.softmax(-1), (0, -end % block_size))
-        parts.append(shares.unflatten(-1, (-1, block_size)).sum(-1))
-    blocks = -(-length // block_size)
-    return F.pad(torch.cat(parts, 1), (0, blocks - parts[0].shape[-1]))
-
-
-def block_masses(
-    query: torch.Tensor, key: torch.Tensor, geometry: PrefillGeometry, scale: float, first: int = 0, count: int | None = None
-) -> BlockMasses:
-    """True block masses of ``count`` query blocks from ``first`` on, all if None.
+        first: Number of the first query block.
+        count: Query blocks, T.
 
     Raises:
         ValueError: Not a whole prompt of one row without padding.
     """
     if geometry.batch != 1 or geometry.query_offset or geometry.valid_ranges is not None:
         raise ValueError("true block masses take a whole prompt of one row without padding")
-    size, length = geometry.block_size, geometry.query_len
+    size, group = geometry.block_size, query.shape[1] // key.shape[1]
     last = geometry.query_blocks if count is None else first + count
     means, largest = [], []
     for block in range(first, last):
-        rows = torch.arange(block * size, min((block + 1) * size, length), device=query.device)
-        masses = row_masses(query, key, rows, size, scale)
-        means.append(masses.mean(1))
-        largest.append(masses.amax(1))
-    return BlockMasses(torch.stack(means, 1)[None], torch.stack(largest, 1)[None])
+        end = min((block + 1) * size, geometry.query_len)
+        seen = PrefillGeometry(1, end, end, 0, size)
+        # exact_shares divides its work by heads only: all these rows of one key-value head are held at once.
+        step = max(1, attention_mass.LOGITS_AT_ONCE // (group * seen.key_blocks * size))
+        rows = torch.arange(block * size, end, device=query.device)[None].split(step, 1)
+        prompt = query[:, :, :end], key[:, :, :end], seen
+        masses = torch.cat([attention_mass.exact_shares(*prompt, part, scale=scale) for part in rows], 2)
+        masses = F.pad(masses, (0, geometry.key_blocks - seen.key_blocks))
+        means.append(masses.mean(2))
+        largest.append(masses.amax(2))
+    return BlockMasses(torch.stack(means, 2), torch.stack(largest, 2))
 
 
 def index_from_masses(

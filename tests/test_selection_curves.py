@@ -9,13 +9,13 @@ import torch
 
 from eval import common, report, selection
 from eval.haystack import encode, standard_library_text
-from eval.oracle import block_masses, index_from_masses, oracle_selection, row_masses
+from eval.oracle import block_masses, index_from_masses, oracle_selection
 from eval.probe import AttentionInput, attention_inputs
 from eval.recall_prompts import make_prompts
 from eval.schema import timeless
 from eval.selection_layers import LayerObserver, sampled_rows
 from eval.selection_points import DEFAULT_CURVES, parse_curves
-from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, functional, patched, prefill_stats
+from hf_flashprefill import FlashPrefillConfig, attention_mass, flash_prefill_attention, functional, patched, prefill_stats
 from hf_flashprefill.config import SORTING_SELECTORS
 from hf_flashprefill.geometry import PrefillGeometry
 
@@ -127,17 +127,28 @@ def test_prompts_that_stayed_dense_are_counted(whole):
     assert f"{rows[0]['density']:.3f}, 1 of 2 dense" in selection.summary_table(summary)
 
 
-def test_row_masses_in_float64(layers, monkeypatch):
+def test_block_masses_in_float64(layers, monkeypatch):
     query, key, _ = layers[1]
-    rows = sampled_rows(LENGTH, 40, seed=2)
-    assert len(rows.unique()) == 40
-    monkeypatch.setattr("eval.oracle.LOGITS_AT_ONCE", 7 * 8 * LENGTH)
-    masses = row_masses(query, key, rows, 128, 0.2)
+    held, exact_shares, limit = [], attention_mass.exact_shares, 7 * 4 * 1536
+
+    def counted(query, key, geometry, positions, *, scale):
+        held.append(positions.numel() * 4 * geometry.key_blocks * 128)
+        return exact_shares(query, key, geometry, positions, scale=scale)
+
+    monkeypatch.setattr(attention_mass, "LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(attention_mass, "exact_shares", counted)
+    masses = block_masses(query, key, PrefillGeometry(1, LENGTH, LENGTH, 0, 128), 0.2, first=7, count=5)
+    # Of one key-value head, whose four query heads are taken together.
+    assert limit / 2 < max(held) <= limit
+    rows = torch.arange(7 * 128, LENGTH)
     for head in (0, 5):
         logits = query[0, head, rows].double() @ key[0, head // 4].double().T * 0.2
         shares = logits.masked_fill(torch.arange(LENGTH) > rows[:, None], float("-inf")).softmax(-1)
-        wanted = torch.stack([part.sum(-1) for part in shares.split(128, -1)], -1)
-        torch.testing.assert_close(masses[head].double(), wanted, rtol=1e-4, atol=1e-6)
+        wanted = torch.stack([part.sum(-1) for part in shares.split(128, -1)], -1).split(128)
+        mean = torch.stack([part.mean(0) for part in wanted])
+        largest = torch.stack([part.amax(0) for part in wanted])
+        torch.testing.assert_close(masses.mean[0, head].double(), mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(masses.largest[0, head].double(), largest, rtol=1e-4, atol=1e-6)
 
 
 def test_kept_mass_in_float64_for_one_head(layers):
