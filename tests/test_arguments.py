@@ -17,11 +17,11 @@ from eval import (
     report,
     ruler,
     selection,
-    train_recall,
     ttft,
     vllm_ttft,
 )
 from eval.runner import PartialRun
+from eval.train_recall import __main__ as train_recall
 from hf_flashprefill import functional
 
 # Those that write a JSON file.

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import common, layout_speed, operator_speed, train_recall, ttft, vllm_ttft
+from eval import common, layout_speed, operator_speed, ttft, vllm_ttft
 from eval.haystack import standard_library_text
+from eval.train_recall import __main__ as train_recall
+from eval.train_recall import quality
+from eval.train_recall.training import Stage
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.backends import torch as torch_backend
 
@@ -250,7 +253,8 @@ def test_ttft_refuses(arguments):
 
 def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkeypatch):
     text = standard_library_text("held_out")[:300_000]
-    monkeypatch.setattr(train_recall, "standard_library_text", lambda split: text)
+    for module in (train_recall, quality):
+        monkeypatch.setattr(module, "standard_library_text", lambda split: text)
     sizes = [
         "--hidden-size",
         "32",
@@ -289,6 +293,6 @@ def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkey
 
 
 def test_stages_are_checked():
-    assert train_recall.parse_stages("128:5,256:7")[1] == train_recall.Stage(256, 7)
+    assert train_recall.parse_stages("128:5,256:7")[1] == Stage(256, 7)
     with pytest.raises(common.UsageError, match="--stages: stages are WINDOW:STEPS pairs"):
         train_recall.build_parser().parse_args(["--output", "x", "--stages", "128"])
