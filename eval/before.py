@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from eval import common
+from eval import commands, tables
 from eval.stages import Stages, Tensors, package_stages
 from hf_flashprefill import BlockIndex
 
@@ -43,7 +43,7 @@ def stages(tensors: Tensors, index: BlockIndex, args: argparse.Namespace) -> Sta
     try:
         return package_stages(package(args.before), tensors, index, args)
     except (AttributeError, ImportError, TypeError) as error:
-        raise common.UsageError(f"--before: {args.before} has other stages: {common.first_line(error)}") from None
+        raise commands.UsageError(f"--before: {args.before} has other stages: {commands.first_line(error)}") from None
 
 
 def compared(now: Stages, before: Stages, times: dict[str, Any]) -> dict[str, dict]:
@@ -67,4 +67,4 @@ def table(rows: list[dict]) -> str:
         shares = [f"{found['share_of_time'][stage]:.3f}" for stage in stages]
         same = "yes" if all(found["same_bits"].values()) else "no"
         cells.append([str(row["length"]), str(row["head_dim"]), *shares, str(sum(found["blocks_apart"].values())), same])
-    return common.format_table(["tokens", "head dim", *stages, "blocks apart", "same bits"], cells)
+    return tables.format_table(["tokens", "head dim", *stages, "blocks apart", "same bits"], cells)

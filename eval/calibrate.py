@@ -19,7 +19,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from eval import common, recording
+from eval import commands, models, options, recording, tables
 from eval.haystack import plant
 from eval.recall_prompts import make_prompts
 from eval.schema import Result
@@ -39,7 +39,7 @@ def prompts_of(
     """
     if kind == "facts":
         return [prompt.ids for prompt in make_prompts(tokenizer, corpus, length, count, seed=seed)]
-    prefix = common.text_prefix(tokenizer)
+    prefix = models.text_prefix(tokenizer)
     return [plant(corpus, length, [], Random(f"{seed}/{length}/{number}"), prefix)[0] for number in range(count)]
 
 
@@ -51,8 +51,8 @@ def summarise(found: Calibration) -> list[dict]:
             "target": found.target,
             "prompts": found.prompts,
             "held_out_prompts": found.held_out,
-            "density": common.mean([layer.density for layer in layers]),
-            "mass": common.mean([layer.mass for layer in layers]),
+            "density": tables.mean([layer.density for layer in layers]),
+            "mass": tables.mean([layer.mass for layer in layers]),
             "held_out_density": found.held_out_density,
             "held_out_mass": found.held_out_mass,
             "lowest_held_out_mass": min(held_out, default=None),
@@ -70,12 +70,12 @@ def layer_table(rows: list[dict]) -> str:
         if row["held_out_mass"] is not None:
             held_out = [f"{row['held_out_density']:.3f}", f"{row['held_out_mass']:.4f}"]
         cells.append([str(row["layer"]), f"{row['alpha']:.5f}", *numbers, *held_out])
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("calibrate", __doc__)
-    common.add_run_arguments(parser, "calibrate", lengths=[4096], has_rule=False)
+    parser = commands.Parser("calibrate", __doc__)
+    options.add_run_arguments(parser, "calibrate", lengths=[4096], has_rule=False)
     add_text_arguments(parser)
     parser.add_argument("--selector", help="rule that scores blocks (default: the config's)")
     parser.add_argument("--target", type=float, default=0.99, help="share of the attention to keep (default: %(default)s)")
@@ -89,18 +89,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args).resolved()
-    common.check_range("--prompts", args.prompts, 1)
-    common.check_range("--held-out", args.held_out, 0)
-    common.check_range("--rows", args.rows, 1)
+    config = options.check_run_arguments(args).resolved()
+    options.check_range("--prompts", args.prompts, 1)
+    options.check_range("--held-out", args.held_out, 0)
+    options.check_range("--rows", args.rows, 1)
     if not 0 < args.target < 1:
-        raise common.UsageError(f"--target must be above 0 and below 1, got {args.target}")
-    common.check_one_process("calibrate")
+        raise commands.UsageError(f"--target must be above 0 and below 1, got {args.target}")
+    options.check_one_process("calibrate")
     # In a folder of its own, so that a report of all results does not take it for one.
     settings = args.output.parent / "configs" / args.output.name
-    common.check_writable(settings)
+    options.check_writable(settings)
     count = args.prompts if args.limit is None else min(args.prompts, args.limit)
-    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
     try:
         fitting, held_out = [], []
@@ -108,12 +108,12 @@ def main(argv: list[str]) -> int:
             made = prompts_of(tokenizer, corpus, length, count + args.held_out, args.kind, args.seed)
             fitting += made[:count]
             held_out += made[count:]
-        options = {"target": args.target, "rows": args.rows, "every_head": args.every_head}
-        found = calibrate(model, fitting, config=config, held_out=held_out, **options)
+        asked = {"target": args.target, "rows": args.rows, "every_head": args.every_head}
+        found = calibrate(model, fitting, config=config, held_out=held_out, **asked)
     except (UnsupportedModelError, ValueError) as error:
-        message = common.first_line(error)
+        message = commands.first_line(error)
         about_lengths = message.startswith(("length ", "prompts ", "the text "))
-        raise common.UsageError(f"--lengths: {message}" if about_lengths else message) from None
+        raise commands.UsageError(f"--lengths: {message}" if about_lengths else message) from None
     rows = [asdict(layer) for layer in found.layers]
     place, identity = recording.environment(model.device), recording.model_record(args.model, model)
     arguments, summary = recording.recorded_arguments(args), summarise(found)
@@ -128,4 +128,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

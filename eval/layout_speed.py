@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from eval import common, profiling, recording
+from eval import commands, options, profiling, recording, tables
 from eval.operator_speed import (
     KERNEL_SELECTORS,
     add_tensor_arguments,
@@ -120,7 +120,7 @@ def measure(length: int, density: float, args: argparse.Namespace) -> list[dict]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("layout_speed", __doc__)
+    parser = commands.Parser("layout_speed", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", type=float, help="of the visible blocks; default: as published for the length")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens (default: %(default)s)")
@@ -135,12 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    common.check_output_arguments(args)
-    common.check_range("--lengths", args.lengths, 256, common.LONGEST)
+    options.check_output_arguments(args)
+    options.check_range("--lengths", args.lengths, 256, options.LONGEST)
     if args.chunk < 1 or args.chunk % 128:
-        raise common.UsageError(f"--chunk must be a multiple of 128 tokens, got {args.chunk}")
+        raise commands.UsageError(f"--chunk must be a multiple of 128 tokens, got {args.chunk}")
     if args.density is not None:
-        common.check_share("--density", args.density)
+        options.check_share("--density", args.density)
     check_tensor_arguments(args)
     check_head_dims("--head-dim", [args.head_dim], args)
 
@@ -152,7 +152,7 @@ def report(result: Result, output: Path) -> None:
         + ["" if row["overhead"] is None else f"{100 * row['overhead']:+.1f}%"]
         for row in result.rows
     ]
-    print(common.format_table(["tokens", "layout", "density", "blocks", "ms", "against the same work"], cells))
+    print(tables.format_table(["tokens", "layout", "density", "blocks", "ms", "against the same work"], cells))
     for length in dict.fromkeys(row["length"] for row in result.rows):
         profiles = {row["layout"]: row["kernels"] for row in result.rows if row["length"] == length and "kernels" in row}
         if profiles:
@@ -173,7 +173,7 @@ def main(argv: list[str]) -> int:
     config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend)
     run = operator_run("layout_speed", args, args.backend, config.resolved())
     output = args.output or dated_output("results", "layouts", run)
-    common.check_writable(output)
+    options.check_writable(output)
     names = [f"{i}/{length}" for i, length in enumerate(lengths)]
     result = recording.time_and_record(run, output, names, work, "length")
     if result:
@@ -182,4 +182,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

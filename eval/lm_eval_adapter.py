@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval import common, recording
+from eval import commands, models, options, recording, tables
 from eval.runner import settings_key
 from eval.schema import Result
 from eval.statistics import paired_mean
@@ -123,13 +123,13 @@ def table(rows: list[dict], density: float | None) -> str:
         ]
         for row in rows
     ]
-    return f"{common.format_table(header, cells)}\ndensity {common.format_density(density)}"
+    return f"{tables.format_table(header, cells)}\ndensity {tables.format_density(density)}"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("lm_eval_adapter", __doc__)
-    common.add_model_arguments(parser)
-    common.add_config_arguments(parser)
+    parser = commands.Parser("lm_eval_adapter", __doc__)
+    options.add_model_arguments(parser)
+    options.add_config_arguments(parser)
     parser.add_argument("--tasks", nargs="+", required=True, help="as for lm_eval")
     parser.add_argument("--include-path", help="folder with task YAML files of your own")
     parser.add_argument("--num-fewshot", type=int)
@@ -143,15 +143,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_config_arguments(args).resolved()
-    common.check_one_process("lm_eval_adapter")
+    config = options.check_config_arguments(args).resolved()
+    options.check_one_process("lm_eval_adapter")
     if args.include_path and not Path(args.include_path).is_dir():
-        raise common.UsageError(f"--include-path {args.include_path}: there is no such folder")
+        raise commands.UsageError(f"--include-path {args.include_path}: there is no such folder")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise common.UsageError("the lm-evaluation-harness is not installed: pip install lm_eval") from None
-    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+        raise commands.UsageError("the lm-evaluation-harness is not installed: pip install lm_eval") from None
+    model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     run = recording.model_run("lm_eval", args, args.model, model, config)
     cache = cache_path(run, args.output, recording.fingerprint(model))
     try:
@@ -163,17 +163,17 @@ def main(argv: list[str]) -> int:
     except (UnsupportedModelError, KeyError, ValueError) as error:
         # Unknown tasks arrive as KeyError or ValueError, by version.
         remove_cache(cache)
-        raise common.UsageError(f"--tasks {' '.join(args.tasks)}: {common.first_line(error)}") from None
+        raise commands.UsageError(f"--tasks {' '.join(args.tasks)}: {commands.first_line(error)}") from None
     rows = [asdict(row) for row in pair(before, after)]
     if rows:
         recording.write_result(run, args.output, [{"tasks": args.tasks, "density": density}], rows)
     remove_cache(cache)
     if not rows:
-        raise common.UsageError(f"--tasks {' '.join(args.tasks)}: no metric with a value per sample")
+        raise commands.UsageError(f"--tasks {' '.join(args.tasks)}: no metric with a value per sample")
     print(table(rows, density))
     print(f"wrote {args.output}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

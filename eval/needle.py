@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from eval import common, recording
+from eval import commands, models, options, recording, tables
 from eval.haystack import encode_fact, plant, random_facts
 from eval.pictures import draw_needle
 from eval.texts import add_text_arguments, corpus_ids
@@ -79,7 +79,7 @@ def end_prompt(tokenizer: PreTrainedTokenizerBase, corpus: Sequence[int], length
     """One fact at ``depth`` of the text, asked for at the very end."""
     fact = encode_fact(tokenizer, random_facts(random, 1)[0])
     pieces = [(depth, fact.sentence), (1.0, fact.question)]
-    ids, _ = plant(corpus, length, pieces, random, common.text_prefix(tokenizer))
+    ids, _ = plant(corpus, length, pieces, random, models.text_prefix(tokenizer))
     return Prompt("end", length, ids, [depth], [fact.answer], [length])
 
 
@@ -91,7 +91,7 @@ def middle_prompt(
     pieces = [(depth * MIDDLE, fact.sentence) for depth, fact in zip(depths, facts, strict=True)]
     order = random.sample(range(len(facts)), len(facts))
     pieces += [(MIDDLE, facts[i].sentence) for i in order]
-    ids, positions = plant(corpus, length, pieces, random, common.text_prefix(tokenizer))
+    ids, positions = plant(corpus, length, pieces, random, models.text_prefix(tokenizer))
     asked = [facts[i] for i in order]
     starts = [start + fact.answer_start for start, fact in zip(positions[len(facts) :], asked, strict=True)]
     return Prompt("middle", length, ids, [depths[i] for i in order], [fact.answer for fact in asked], starts)
@@ -109,7 +109,7 @@ def answer(model: PreTrainedModel, prompt: Prompt) -> Outcome:
             max_new_tokens=len(expected),
             pad_token_id=model.generation_config.eos_token_id if model.config.pad_token_id is None else None,
             streamer=clock,
-            **common.GREEDY,
+            **models.GREEDY,
         )
         correct = [made[0, len(prompt.ids) :].tolist() == expected]
         seconds = clock.seconds
@@ -193,9 +193,9 @@ def summarise(rows: list[dict]) -> list[dict]:
                     "questions": questions,
                     "unpatched": sum(row["unpatched_correct"] for row in chosen) / questions,
                     "patched": sum(row["patched_correct"] for row in chosen) / questions,
-                    **common.densities(chosen),
-                    "unpatched_seconds": common.mean([row["unpatched_seconds"] for row in chosen]),
-                    "patched_seconds": common.mean([row["patched_seconds"] for row in chosen]),
+                    **tables.densities(chosen),
+                    "unpatched_seconds": tables.mean([row["unpatched_seconds"] for row in chosen]),
+                    "patched_seconds": tables.mean([row["patched_seconds"] for row in chosen]),
                 }
             )
     return summary
@@ -211,18 +211,18 @@ def summary_table(summary: list[dict]) -> str:
             f"{row['unpatched']:.1%}",
             f"{row['patched']:.1%}",
             f"{100 * (row['patched'] - row['unpatched']):+.1f} pt",
-            common.format_densities(row, "questions"),
+            tables.format_densities(row, "questions"),
             f"{row['unpatched_seconds']:.2f}",
             f"{row['patched_seconds']:.2f}",
         ]
         for row in summary
     ]
-    return common.format_table(header, rows)
+    return tables.format_table(header, rows)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("needle", __doc__)
-    common.add_run_arguments(parser, "needle", lengths=[1024, 2048, 4096])
+    parser = commands.Parser("needle", __doc__)
+    options.add_run_arguments(parser, "needle", lengths=[1024, 2048, 4096])
     add_text_arguments(parser)
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     parser.add_argument("--trials", type=int, default=2, help="prompts per length, depth and placement")
@@ -231,17 +231,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args).resolved()
-    common.check_range("--depths", args.depths, 0, 1)
-    common.check_range("--trials", args.trials, 1)
+    config = options.check_run_arguments(args).resolved()
+    options.check_range("--depths", args.depths, 0, 1)
+    options.check_range("--trials", args.trials, 1)
     args.depths = sorted(set(args.depths))
-    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
     try:
         groups = make_prompts(tokenizer, corpus, list(dict.fromkeys(args.lengths)), args.depths, args.trials, args.seed)
     except ValueError as error:
-        raise common.UsageError(f"--lengths: {error}") from None
-    prompts = common.limited(groups, args.limit)
+        raise commands.UsageError(f"--lengths: {error}") from None
+    prompts = options.limited(groups, args.limit)
 
     def work(i: int) -> list[dict]:
         prompt = prompts[i][1]
@@ -251,8 +251,8 @@ def main(argv: list[str]) -> int:
     result = recording.run_and_record("needle", args, model, config, names, work, summarise, corpus, shows_times=True)
     if result:
         picture = args.output.with_suffix(".png")
-        draw_needle(result.rows, f"{result.model['name']}, {common.describe(config)}").savefig(picture, dpi=130)
-        print(f"{common.describe(config)}, {config.dense_tail_blocks} dense tail blocks")
+        draw_needle(result.rows, f"{result.model['name']}, {tables.describe(config)}").savefig(picture, dpi=130)
+        print(f"{tables.describe(config)}, {config.dense_tail_blocks} dense tail blocks")
         print(summary_table(result.summary))
         print(
             "At the end, the question's rows are dense by rule; only the questions in the middle test the selection.\n"
@@ -262,4 +262,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hf_flashprefill
-from eval import before, common, recording
+from eval import before, commands, models, options, recording, tables
 from eval.pictures import draw_operator
 from eval.schema import ModelRecord, Result
 from eval.stages import Tensors, package_stages
@@ -97,15 +97,15 @@ def peer_prepare(peer: str) -> Callable[..., Callable[[], object]]:
     name, _, path = peer.partition("=")
     spec = importlib.util.spec_from_file_location("peer", path)
     if not name or spec is None or not Path(path).is_file():
-        raise common.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
+        raise commands.UsageError(f"--peer must be NAME=FILE.py with a file that exists, got {peer!r}")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     # Whatever a user's file raises.
     except Exception as error:
-        raise common.UsageError(f"--peer {peer}: {type(error).__name__}: {common.first_line(error)}") from None
+        raise commands.UsageError(f"--peer {peer}: {type(error).__name__}: {commands.first_line(error)}") from None
     if not callable(getattr(module, "prepare", None)):
-        raise common.UsageError(f"--peer {peer}: the file must define prepare(query, key, value, index)")
+        raise commands.UsageError(f"--peer {peer}: the file must define prepare(query, key, value, index)")
     return module.prepare
 
 
@@ -193,34 +193,34 @@ def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=sorted(common.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", choices=sorted(models.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"])
 
 
 def check_tensor_arguments(args: argparse.Namespace) -> None:
     """Look at what eval.operator_speed and layout_speed have in common, and make torch's device and dtype of the options of
     ``add_tensor_arguments``."""
-    common.check_range("--heads", args.heads, 1)
-    common.check_range("--kv-heads", args.kv_heads, 1)
+    options.check_range("--heads", args.heads, 1)
+    options.check_range("--kv-heads", args.kv_heads, 1)
     if args.heads % args.kv_heads:
-        raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
-    common.check_range("--seconds", args.seconds, 0, MOST_SECONDS)
-    args.device = common.usable_device(args.device)
-    args.dtype = common.DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+        raise commands.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
+    options.check_range("--seconds", args.seconds, 0, MOST_SECONDS)
+    args.device = models.usable_device(args.device)
+    args.dtype = models.DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
 
 
 def check_head_dims(option: str, head_dims: Sequence[int], args: argparse.Namespace) -> None:
     """Look at channels per head and whether the backend takes them."""
-    common.check_range(option, head_dims, 1)
+    options.check_range(option, head_dims, 1)
     for head_dim in head_dims:
         try:
             resolve_backend(args.backend, torch.empty(1, args.heads, 1, head_dim, dtype=args.dtype, device=args.device))
         except ValueError as error:
-            raise common.UsageError(f"--backend {args.backend}: {common.first_line(error)}") from None
+            raise commands.UsageError(f"--backend {args.backend}: {commands.first_line(error)}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("operator_speed", __doc__)
+    parser = commands.Parser("operator_speed", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens (default: %(default)s)")
     parser.add_argument("--densities", type=float, nargs="+", help="one per length; default: as published for the length")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64])
@@ -261,25 +261,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    common.check_output_arguments(args)
-    common.check_range("--lengths", args.lengths, 1, common.LONGEST)
+    options.check_output_arguments(args)
+    options.check_range("--lengths", args.lengths, 1, options.LONGEST)
     args.densities = args.densities or [PUBLISHED_DENSITY.get(length, 0.1) for length in args.lengths]
-    common.check_share("--densities", args.densities)
-    common.check_range("--batches", args.batches, 1)
-    common.check_range("--dense-tail-blocks", args.dense_tail_blocks, 0)
+    options.check_share("--densities", args.densities)
+    options.check_range("--batches", args.batches, 1)
+    options.check_range("--dense-tail-blocks", args.dense_tail_blocks, 0)
     if len(args.densities) != len(args.lengths):
-        raise common.UsageError(f"--densities must be one per length, got {len(args.densities)} for {len(args.lengths)}")
+        raise commands.UsageError(f"--densities must be one per length, got {len(args.densities)} for {len(args.lengths)}")
     for peer in args.peer:
         peer_prepare(peer)
     if args.before and not (args.before / "hf_flashprefill" / "__init__.py").is_file():
-        raise common.UsageError(f"--before must be a checkout of this repository, got {args.before}")
+        raise commands.UsageError(f"--before must be a checkout of this repository, got {args.before}")
     check_tensor_arguments(args)
     check_head_dims("--head-dims", args.head_dims, args)
     if "sdpa_cudnn" in (args.baselines or ()) and args.device.type != "cuda":
-        raise common.UsageError(f"--baselines sdpa_cudnn must come with a GPU, got --device {args.device}")
+        raise commands.UsageError(f"--baselines sdpa_cudnn must come with a GPU, got --device {args.device}")
     if args.portable and args.device.type != "cuda":
-        raise common.UsageError(f"--portable must come with a GPU, got --device {args.device}")
-    common.check_range("--audit-rows", args.audit_rows, 0)
+        raise commands.UsageError(f"--portable must come with a GPU, got --device {args.device}")
+    options.check_range("--audit-rows", args.audit_rows, 0)
     try:
         args.config = FlashPrefillConfig(
             alpha=1.0,
@@ -289,7 +289,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             audit_rows=args.audit_rows,
         )
     except ValueError as error:
-        raise common.UsageError(common.first_line(error)) from None
+        raise commands.UsageError(commands.first_line(error)) from None
     if args.baselines is None:
         on_gpu = args.device.type == "cuda"
         args.baselines = ["sdpa_cudnn", "sdpa_flash"] if on_gpu and args.dtype != torch.float32 else ["sdpa"]
@@ -308,7 +308,7 @@ def table(rows: list[dict], selectors: list[str]) -> str:
             index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
             cell += [f"{index_ms:.2f}", f"{row[f'operator_{selector}']['median_ms']:.2f}"]
         cells.append(cell + [f"{row[name]:.2f}" for name in ratios])
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def operator_run(harness: str, args: argparse.Namespace, implementation: str, config: FlashPrefillConfig) -> Result:
@@ -353,11 +353,11 @@ def main(argv: list[str]) -> int:
         [(length, density, head_dim, batch) for length, density in zip(args.lengths, args.densities, strict=True)]
         for head_dim, batch in itertools.product(args.head_dims, args.batches)
     ]
-    shapes = common.limited(groups, args.limit)
+    shapes = options.limited(groups, args.limit)
     names = [f"{i}/{length}" for i, (length, *_) in enumerate(shapes)]
     run = operator_run("operator_speed", args, backend.__name__, args.config)
     output = args.output or dated_output("benchmarks/results", "operator", run)
-    common.check_writable(output)
+    options.check_writable(output)
     packages = [hf_flashprefill, *([before.package(args.before)] if args.before else [])]
     with torch.no_grad(), portable_kernels(packages) if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
@@ -371,4 +371,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

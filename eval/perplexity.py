@@ -30,7 +30,7 @@ from random import Random
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval import common, recording
+from eval import commands, models, options, recording, tables
 from eval.haystack import encode
 from eval.scoring import hidden_states, score_tokens
 from eval.statistics import perplexity_rise
@@ -74,7 +74,7 @@ def compare(
     with patched(model, config=config):
         after = score_tokens(model, ids).nll
         ended = time.perf_counter()
-        density, heads = prefill_stats(model).density, common.head_densities(model)
+        density, heads = prefill_stats(model).density, models.head_densities(model)
     length = len(ids)
     edges = [length * part // buckets for part in range(buckets + 1)]
     rows = [_bucket(before, after, max(1, start), end) for start, end in itertools.pairwise(edges)]
@@ -115,7 +115,7 @@ def windows(
     """Up to ``count`` named stretches of ``length`` tokens: the start of each document that is long enough, and if those
     are too few, the stretches after it. Each begins with what the tokenizer puts in front of a text. With a seed other than 0
     the first stretch of a document begins at random instead, less than a stretch from its start."""
-    prefix = common.text_prefix(tokenizer)
+    prefix = models.text_prefix(tokenizer)
     room = length - len(prefix)
     kept: list[tuple[int, list[int]]] = []
     for number, text in enumerate(texts):
@@ -141,12 +141,12 @@ def summarise(rows: list[dict]) -> list[dict]:
     for length in sorted({row["length"] for row in rows}):
         chosen = [row for row in rows if row["length"] == length]
         buckets = [[row["prefill"][i] for row in chosen] for i in range(len(chosen[0]["prefill"]))]
-        continued = common.densities([{"density": row["continuation_density"]} for row in chosen])
+        continued = tables.densities([{"density": row["continuation_density"]} for row in chosen])
         summary.append(
             {
                 "length": length,
                 "documents": len(chosen),
-                **common.densities(chosen),
+                **tables.densities(chosen),
                 **{f"continuation_{name}": value for name, value in continued.items()},
                 "prefill": _paired([bucket for row in chosen for bucket in row["prefill"]]),
                 "continuation": _paired([row["continuation"] for row in chosen]),
@@ -171,7 +171,7 @@ def summary_table(summary: list[dict]) -> str:
         for row in summary
         for way in ("prefill", "continuation")
     ]
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def _density_cell(row: dict, way: str) -> str:
@@ -180,22 +180,22 @@ def _density_cell(row: dict, way: str) -> str:
         if "continuation_density" not in row:
             return ""
         row = row | {"density": row["continuation_density"], "dense": row["continuation_dense"]}
-    return common.format_densities(row, "documents")
+    return tables.format_densities(row, "documents")
 
 
 def position_table(table: list[dict]) -> str:
     header = ["position", "scored", "unpatched", "patched", "rise"]
-    return common.format_table(header, [[f"{row['start']}-{row['end']}", *_cells(row)] for row in table])
+    return tables.format_table(header, [[f"{row['start']}-{row['end']}", *_cells(row)] for row in table])
 
 
 def _cells(entry: dict) -> list[str]:
-    losses = [common.format_perplexity(entry[f"{state}_nll"]) for state in ("unpatched", "patched")]
-    return [str(entry["tokens"]), *losses, common.format_rise(entry["rise"], entry["rise_standard_error"])]
+    losses = [tables.format_perplexity(entry[f"{state}_nll"]) for state in ("unpatched", "patched")]
+    return [str(entry["tokens"]), *losses, tables.format_rise(entry["rise"], entry["rise_standard_error"])]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("perplexity", __doc__)
-    common.add_run_arguments(parser, "perplexity", lengths=[4096, 8192])
+    parser = commands.Parser("perplexity", __doc__)
+    options.add_run_arguments(parser, "perplexity", lengths=[4096, 8192])
     add_text_arguments(parser)
     parser.add_argument("--join", action="store_true", help="join the documents into one, for data sets of short ones")
     parser.add_argument("--documents", type=int, default=4, help="per length (default: %(default)s)")
@@ -205,13 +205,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
-    config = common.check_run_arguments(args, shortest=3).resolved()
+    config = options.check_run_arguments(args, shortest=3).resolved()
     shortest = min(args.lengths)
-    common.check_range("--documents", args.documents, 1)
+    options.check_range("--documents", args.documents, 1)
     for name, most in (("continuation", shortest - 2), ("buckets", shortest // 2)):
         if not 1 <= getattr(args, name) <= most:
             allowed = f"from 1 to {most} for prompts of {shortest} tokens"
-            raise common.UsageError(f"--{name} must be {allowed}, got {getattr(args, name)}")
+            raise commands.UsageError(f"--{name} must be {allowed}, got {getattr(args, name)}")
     return config
 
 
@@ -223,14 +223,14 @@ def source(args: argparse.Namespace) -> Iterator[str]:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     config = check_arguments(args)
-    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     groups = []
     for length in dict.fromkeys(args.lengths):
         found = windows(source(args), tokenizer, length, args.documents, args.seed)
         if not found:
-            raise common.UsageError(f"--lengths {length}: no document has that many tokens")
+            raise commands.UsageError(f"--lengths {length}: no document has that many tokens")
         groups.append([(f"{length}/{name}", ids) for name, ids in found])
-    prompts = common.limited(groups, args.limit)
+    prompts = options.limited(groups, args.limit)
 
     def work(i: int) -> list[dict]:
         name, ids = prompts[i]
@@ -247,4 +247,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

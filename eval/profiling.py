@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from eval import common
+from eval import tables
 
 # Kernels of a table; the others are added up. Names of templates can be a page long.
 SHOWN = 12
@@ -56,4 +56,4 @@ def kernel_table(times: dict[str, list[dict]]) -> str:
             sums = (f"{sum(row['launches'] for row in found):.0f}", f"{sum(row['ms'] for row in found):.3f}")
             cells += sums if found else ("", "")
         table.append(cells)
-    return common.format_table(["kernel", *(f"{name} {what}" for name in times for what in ("launches", "ms"))], table)
+    return tables.format_table(["kernel", *(f"{name} {what}" for name in times for what in ("launches", "ms"))], table)

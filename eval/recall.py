@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from eval import common, recording
+from eval import commands, models, options, recording, tables
 from eval.recall_prompts import PLACEMENTS, RecallPrompt, check_prompt_arguments, make_prompts
 from eval.scoring import score_tokens
 from eval.statistics import paired_difference, perplexity_rise
@@ -91,7 +91,7 @@ def compare(model: PreTrainedModel, prompt: RecallPrompt, config: FlashPrefillCo
     with patched(model, config=config):
         after = score(model, prompt)
         ended = time.perf_counter()
-        density, heads = prefill_stats(model).density, common.head_densities(model)
+        density, heads = prefill_stats(model).density, models.head_densities(model)
     questions = [
         QuestionRow(q.answer.start, q.distance, q.fact_distance, q.asked_before, was, now)
         for q, was, now in zip(prompt.questions, before.correct.tolist(), after.correct.tolist(), strict=True)
@@ -125,14 +125,14 @@ def summarise(rows: list[dict]) -> list[dict]:
                 "length": length,
                 "prompts": len(chosen),
                 "questions": len(questions),
-                **common.densities(chosen),
+                **tables.densities(chosen),
                 "unpatched_recall": sum(before) / len(before),
                 "patched_recall": sum(after) / len(after),
                 "recall_change": change.estimate,
                 "recall_change_low": change.low,
                 "recall_change_high": change.high,
-                "unpatched_nll": common.mean([row["unpatched_nll"] for row in chosen]),
-                "patched_nll": common.mean([row["patched_nll"] for row in chosen]),
+                "unpatched_nll": tables.mean([row["unpatched_nll"] for row in chosen]),
+                "patched_nll": tables.mean([row["patched_nll"] for row in chosen]),
                 "perplexity_rise": rise.rise,
                 "perplexity_rise_standard_error": rise.standard_error,
                 "by_distance": by_eighth(questions, "distance", length),
@@ -162,15 +162,15 @@ def summary_table(summary: list[dict]) -> str:
             [
                 str(row["length"]),
                 str(row["questions"]),
-                common.format_densities(row, "prompts"),
+                tables.format_densities(row, "prompts"),
                 f"{row['unpatched_recall']:.1%}",
                 f"{row['patched_recall']:.1%}",
                 f"{100 * row['recall_change']:+.1f} pt ({low:+.1f} to {high:+.1f})",
-                common.format_perplexity(row["unpatched_nll"]),
-                common.format_rise(row["perplexity_rise"], row["perplexity_rise_standard_error"]),
+                tables.format_perplexity(row["unpatched_nll"]),
+                tables.format_rise(row["perplexity_rise"], row["perplexity_rise_standard_error"]),
             ]
         )
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def detail_table(table: list[dict], what: str) -> str:
@@ -179,12 +179,12 @@ def detail_table(table: list[dict], what: str) -> str:
         [f"{row['start']}-{row['end']}", str(row["questions"]), f"{row['unpatched']:.1%}", f"{row['patched']:.1%}"]
         for row in table
     ]
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("recall", __doc__)
-    common.add_run_arguments(parser, "recall", lengths=[2048, 4096, 8192])
+    parser = commands.Parser("recall", __doc__)
+    options.add_run_arguments(parser, "recall", lengths=[2048, 4096, 8192])
     add_text_arguments(parser)
     parser.add_argument("--prompts", type=int, default=4, help="per length (default: %(default)s)")
     parser.add_argument("--facts", type=int, default=16, help="in each prompt (default: %(default)s)")
@@ -197,9 +197,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args).resolved()
+    config = options.check_run_arguments(args).resolved()
     check_prompt_arguments(args)
-    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
     try:
         groups = [
@@ -207,8 +207,8 @@ def main(argv: list[str]) -> int:
             for length in dict.fromkeys(args.lengths)
         ]
     except ValueError as error:
-        raise common.UsageError(f"--lengths: {error}") from None
-    prompts = common.limited(groups, args.limit)
+        raise commands.UsageError(f"--lengths: {error}") from None
+    prompts = options.limited(groups, args.limit)
 
     def work(i: int) -> list[dict]:
         return [asdict(compare(model, prompts[i], config))]
@@ -225,4 +225,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

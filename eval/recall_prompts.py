@@ -10,8 +10,10 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from eval.common import UsageError, check_range, text_prefix
+from eval.commands import UsageError
 from eval.haystack import encode_fact, plant, random_facts
+from eval.models import text_prefix
+from eval.options import check_range
 
 PLACEMENTS = ("second-half", "everywhere", "end")
 # Made-up names are 343,000 in all.

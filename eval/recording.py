@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import hf_flashprefill
-from eval.common import UsageError, first_line
+from eval.commands import UsageError, first_line
 from eval.runner import PartialRun, process_count
 from eval.schema import ModelRecord, Result
 from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError

@@ -23,7 +23,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval import calibrate, common, lm_eval_adapter, needle, perplexity, pictures, recall, ruler, selection, vllm_ttft
+from eval import (
+    calibrate,
+    commands,
+    lm_eval_adapter,
+    needle,
+    options,
+    perplexity,
+    pictures,
+    recall,
+    ruler,
+    selection,
+    tables,
+    vllm_ttft,
+)
 from hf_flashprefill import LayerStats, PrefillStats
 from hf_flashprefill.plotting import plot_density
 
@@ -66,7 +79,7 @@ def density_picture(record: dict) -> list[Picture]:
     layers = []
     for layer in range(len(grids[0])):
         heads = [sum(values) / len(grids) for values in zip(*(grid[layer] for grid in grids), strict=True)]
-        layers.append(LayerStats(layer, len(grids), {}, common.mean(heads), heads))
+        layers.append(LayerStats(layer, len(grids), {}, tables.mean(heads), heads))
     heads = max(len(layer.head_density) for layer in layers)
     figure, axis = pictures.new_figure(min(12, 2 + 0.45 * heads), min(12, 1.2 + 0.3 * len(layers)))
     plot_density(PrefillStats(layers), ax=axis)
@@ -85,7 +98,7 @@ def rows_table(record: dict, columns: dict[str, Callable[[dict], Any]]) -> str:
     def cell(value: Any) -> str:
         return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
-    return common.format_table(list(columns), [[cell(value(row)) for value in columns.values()] for row in record["rows"]])
+    return tables.format_table(list(columns), [[cell(value(row)) for value in columns.values()] for row in record["rows"]])
 
 
 def ttft_table(record: dict) -> str:
@@ -204,12 +217,12 @@ def read_record(path: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise common.UsageError(f"{path}: {common.first_line(error)}") from None
+        raise commands.UsageError(f"{path}: {commands.first_line(error)}") from None
     kind = record.get("harness") if isinstance(record, dict) else None
     if kind not in KINDS:
-        raise common.UsageError(f"{path}: harness must be one of {', '.join(KINDS)}, got {kind!r}")
+        raise commands.UsageError(f"{path}: harness must be one of {', '.join(KINDS)}, got {kind!r}")
     if not record.get("rows"):
-        raise common.UsageError(f"{path}: there are no rows in it")
+        raise commands.UsageError(f"{path}: there are no rows in it")
     return record
 
 
@@ -218,7 +231,7 @@ def describe_run(record: dict, path: Path) -> str:
     model, environment, config = record.get("model"), record.get("environment", {}), record.get("config") or {}
     parts = [model["name"] if isinstance(model, dict) else model, environment.get("device")]
     if record["harness"] not in ("selection", "ttft", "vllm_ttft", "operator_speed", "layout_speed") and config:
-        parts.append(common.describe(config))
+        parts.append(tables.describe(config))
     parts += [environment.get("time"), f"commit {environment['commit']}" if environment.get("commit") else None, path.name]
     return " · ".join(str(part) for part in parts if part)
 
@@ -230,7 +243,7 @@ def section(path: Path, record: dict, anchor: str) -> tuple[str, dict[str, bytes
         table, drawn = kind.table(record), kind.pictures(record)
     # What a missing or another value leads to, in the tables here or in matplotlib.
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise common.UsageError(f"{path}: not a result of eval.{record['harness']} ({error!r})") from None
+        raise commands.UsageError(f"{path}: not a result of eval.{record['harness']} ({error!r})") from None
     figures, files = [], {}
     for picture in drawn:
         file = io.BytesIO()
@@ -274,14 +287,14 @@ def page(paths: list[Path]) -> tuple[str, dict[str, bytes]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = common.Parser("report", __doc__)
+    parser = commands.Parser("report", __doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files of the harnesses")
     parser.add_argument("--output", type=Path, default=Path("results/report.html"), help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if args.output.suffix != ".html":
-        raise common.UsageError(f"--output must end in .html, got {args.output}")
-    common.check_writable(args.output)
-    common.check_writable(args.output.with_suffix("") / "picture.png")
+        raise commands.UsageError(f"--output must end in .html, got {args.output}")
+    options.check_writable(args.output)
+    options.check_writable(args.output.with_suffix("") / "picture.png")
     text, files = page(args.results)
     folder = args.output.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,4 +306,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

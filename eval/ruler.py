@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eval import common, recording
+from eval import commands, models, options, recording, tables
 from eval.ruler_tasks import TASKS, QaRecord, Sample, Sources, fit_amount, make_sample, split_sentences
 from eval.statistics import paired_mean
 from eval.texts import add_text_arguments, documents, records
@@ -78,7 +78,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list
     if pad is None:
         pad = stop[0] if isinstance(stop, list) else stop
     made = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, pad_token_id=pad, **common.GREEDY
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, pad_token_id=pad, **models.GREEDY
     )
     text = tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
     return text.strip(), time.perf_counter() - started
@@ -135,13 +135,13 @@ def qa_records(raw: Iterable[dict], option: str) -> list[QaRecord]:
                 texts = [record["context"]]
             question = record["question"]
         except (KeyError, TypeError, ValueError):
-            raise common.UsageError(
+            raise commands.UsageError(
                 f"{option} takes records with question, answers, and context or documents; got {sorted(record)}"
             ) from None
         if answers:
             made.append(QaRecord(question, texts, answers))
     if not made:
-        raise common.UsageError(f"{option}: the source has no question with an answer")
+        raise commands.UsageError(f"{option}: the source has no question with an answer")
     return made
 
 
@@ -172,7 +172,7 @@ def make_samples(
             try:
                 amount = fit_amount(TASKS[name], sources, count_tokens, length, seeds[0])
             except ValueError as error:
-                raise common.UsageError(f"--lengths, for --tasks {name}: {error}") from None
+                raise commands.UsageError(f"--lengths, for --tasks {name}: {error}") from None
             make = partial(make_sample, TASKS[name], sources, count_tokens, length, amount)
             groups.append([(seed, name, length, partial(make, seed)) for seed in seeds])
     return groups
@@ -185,11 +185,11 @@ def summarise(rows: list[dict]) -> list[dict]:
         at_length = [row for row in rows if row["length"] == length]
         tasks = [name for name in TASKS if any(row["task"] == name for row in at_length)]
         entries = [_entry(name, length, [row for row in at_length if row["task"] == name]) for name in tasks]
-        average = {key: common.mean([entry[key] for entry in entries]) for key in ("unpatched", "patched", "change", "density")}
+        average = {key: tables.mean([entry[key] for entry in entries]) for key in ("unpatched", "patched", "change", "density")}
         errors = [entry["change_standard_error"] for entry in entries]
         error = None if None in errors else sum(e**2 for e in errors) ** 0.5 / len(errors)
         average |= {"task": "average", "length": length, "samples": len(at_length), "change_standard_error": error}
-        average["dense"] = common.densities(at_length)["dense"]
+        average["dense"] = tables.densities(at_length)["dense"]
         summary += [*entries, average]
     return summary
 
@@ -200,11 +200,11 @@ def _entry(task: str, length: int, rows: list[dict]) -> dict:
         "task": task,
         "length": length,
         "samples": len(rows),
-        "unpatched": common.mean([row["unpatched_score"] for row in rows]),
-        "patched": common.mean([row["patched_score"] for row in rows]),
+        "unpatched": tables.mean([row["unpatched_score"] for row in rows]),
+        "patched": tables.mean([row["patched_score"] for row in rows]),
         "change": change,
         "change_standard_error": error,
-        **common.densities(rows),
+        **tables.densities(rows),
     }
 
 
@@ -218,19 +218,19 @@ def summary_table(summary: list[dict]) -> str:
         [name, *(f"{100 * entries[name, length][s]:.1f}" for length in lengths for s in ("unpatched", "patched"))]
         for name in names
     ]
-    densities = [common.format_densities(entries["average", length], "samples") for length in lengths]
-    return common.format_table(header, [*cells, ["density", *(cell for density in densities for cell in ("", density))]])
+    densities = [tables.format_densities(entries["average", length], "samples") for length in lengths]
+    return tables.format_table(header, [*cells, ["density", *(cell for density in densities for cell in ("", density))]])
 
 
 def published_table() -> str:
     header = ["published average", *(str(length) for length in PUBLISHED_LENGTHS)]
     cells = [[name, *("" if v is None else f"{v:.2f}" for v in values)] for name, values in PUBLISHED.items()]
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("ruler", __doc__)
-    common.add_run_arguments(parser, "ruler", lengths=[2048])
+    parser = commands.Parser("ruler", __doc__)
+    options.add_run_arguments(parser, "ruler", lengths=[2048])
     add_text_arguments(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="default: all whose source is given")
     parser.add_argument(
@@ -244,18 +244,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    config = common.check_run_arguments(args).resolved()
-    common.check_range("--samples", args.samples, 1)
+    config = options.check_run_arguments(args).resolved()
+    options.check_range("--samples", args.samples, 1)
     missing = [name for name in QA_TASKS if getattr(args, name) is None]
     if args.tasks is None:
         args.tasks = [name for name in TASKS if name not in missing]
     args.tasks = list(dict.fromkeys(args.tasks))
     for name in missing:
         if name in args.tasks:
-            raise common.UsageError(f"--tasks {name} needs a source: give --{name.replace('_', '-')}")
-    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+            raise commands.UsageError(f"--tasks {name} needs a source: give --{name.replace('_', '-')}")
+    model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     sources = load_sources(args)
-    samples = common.limited(make_samples(tokenizer, args, sources), args.limit)
+    samples = options.limited(make_samples(tokenizer, args, sources), args.limit)
 
     def work(i: int) -> list[dict]:
         _, name, length, make = samples[i]
@@ -270,4 +270,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from eval import common, recording
+from eval import commands, models, options, recording, tables
 from eval.pictures import draw_selection
 from eval.probe import observed_attention
 from eval.recall import RecallScore, score
@@ -138,16 +138,16 @@ def summarise_point(rows: list[dict]) -> dict:
     return {
         "prompts": len(rows),
         "questions": len(before),
-        **common.densities(rows),
+        **tables.densities(rows),
         "unpatched_recall": sum(before) / len(before),
         "recall": sum(after) / len(after),
         "recall_change": change.estimate,
         "recall_change_low": change.low,
         "recall_change_high": change.high,
-        "unpatched_nll": common.mean([row["unpatched_nll"] for row in rows]),
+        "unpatched_nll": tables.mean([row["unpatched_nll"] for row in rows]),
         "perplexity_rise": rise.rise,
         "perplexity_rise_standard_error": rise.standard_error,
-        "kept_mass": common.mean(of_layers("kept_mass")),
+        "kept_mass": tables.mean(of_layers("kept_mass")),
         **{name: statistics.median(values) if values else None for name, values in times.items()},
     }
 
@@ -163,22 +163,22 @@ def summary_table(summary: list[dict]) -> str:
             str(row["length"]),
             row["selector"],
             f"{row['alpha']:g}",
-            common.format_densities(row, "prompts"),
+            tables.format_densities(row, "prompts"),
             f"{row['recall']:.1%}",
             f"{100 * row['recall_change']:+.1f} pt ({low:+.1f} to {high:+.1f})",
-            common.format_rise(row["perplexity_rise"], row["perplexity_rise_standard_error"]),
+            tables.format_rise(row["perplexity_rise"], row["perplexity_rise_standard_error"]),
             "" if row["kept_mass"] is None else f"{row['kept_mass']:.4f}",
         ]
         index, operator = row["index_seconds"], row["operator_seconds"]
         if has_times:
             cell += [f"{1e3 * index:.2f}", f"{1e3 * operator:.2f}", f"{index / operator:.0%}"] if operator else [""] * 3
         cells.append(cell)
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("selection", __doc__)
-    common.add_run_arguments(parser, "selection", lengths=[8192], has_rule=False)
+    parser = commands.Parser("selection", __doc__)
+    options.add_run_arguments(parser, "selection", lengths=[8192], has_rule=False)
     add_text_arguments(parser)
     parser.add_argument(
         "--curves",
@@ -203,11 +203,11 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     # What the user sets comes later and wins.
     args.set = ["dense_tail_blocks=0", *args.set]
-    config = common.check_run_arguments(args)
+    config = options.check_run_arguments(args)
     check_prompt_arguments(args)
-    common.check_range("--mass-rows", args.mass_rows, 1)
+    options.check_range("--mass-rows", args.mass_rows, 1)
     points = parse_curves(args.curves, config)
-    model, tokenizer = common.load_model(args.model, args.device, args.dtype)
+    model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     corpus = corpus_ids(tokenizer, args)
     try:
         groups = [
@@ -215,8 +215,8 @@ def main(argv: list[str]) -> int:
             for length in dict.fromkeys(args.lengths)
         ]
     except ValueError as error:
-        raise common.UsageError(f"--lengths: {error}") from None
-    prompts = common.limited(groups, args.limit)
+        raise commands.UsageError(f"--lengths: {error}") from None
+    prompts = options.limited(groups, args.limit)
 
     def work(i: int) -> list[dict]:
         return [asdict(row) for row in measure(model, prompts[i], points, args.mass_rows, args.seed, args.times)]
@@ -235,4 +235,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from eval.common import UsageError, parse_field
+from eval.commands import UsageError
+from eval.options import parse_field
 from eval.oracle import ORACLES, oracle_selection
 from hf_flashprefill import FlashPrefillConfig, patched
 from hf_flashprefill.config import SELECTORS, SORTING_SELECTORS

@@ -8,12 +8,24 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from eval.common import UsageError, first_line, read_text
+from eval.commands import UsageError, first_line
 from eval.haystack import encode, standard_library_text
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # A haystack needs no more; the longest prompts have some 4M characters.
 CORPUS_CHARACTERS = 20_000_000
+
+
+def read_text(path: str, option: str = "--dataset") -> str:
+    """The text of a file that an option names.
+
+    Raises:
+        UsageError: It cannot be read as UTF-8 text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {path}: {first_line(error)}") from None
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,7 +33,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from eval import common, profiling, recording
+from eval import commands, models, options, profiling, recording, tables
 from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
 from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
@@ -70,7 +70,7 @@ NO_ATTENTION = "no_attention"
 
 def random_model(shape: str, device: str, dtype: str | None) -> PreTrainedModel:
     """A model of a published shape with random weights, made on the device itself."""
-    chosen = common.DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    chosen = models.DTYPES[dtype] if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=chosen, attn_implementation="sdpa").eval()
@@ -162,9 +162,9 @@ def measure(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("ttft", __doc__)
-    common.add_model_arguments(parser)
-    common.add_config_arguments(parser, min_seq_len=FlashPrefillConfig().min_seq_len)
+    parser = commands.Parser("ttft", __doc__)
+    options.add_model_arguments(parser)
+    options.add_config_arguments(parser, min_seq_len=FlashPrefillConfig().min_seq_len)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape instead of --model")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", help="impose a density: a number, or 'published' for the papers' at each length")
@@ -183,14 +183,14 @@ def densities_of(args: argparse.Namespace) -> list[float | None]:
     if args.density == "published":
         missing = [length for length in args.lengths if length not in PUBLISHED_DENSITY]
         if missing:
-            raise common.UsageError(f"--density published: known for {sorted(PUBLISHED_DENSITY)} tokens, not for {missing}")
+            raise commands.UsageError(f"--density published: known for {sorted(PUBLISHED_DENSITY)} tokens, not for {missing}")
         return [PUBLISHED_DENSITY[length] for length in args.lengths]
     try:
         density = float(args.density)
     except ValueError:
         density = -1.0
     if not 0 < density <= 1:
-        raise common.UsageError(f"--density must be 'published' or a number above 0 up to 1, got {args.density!r}")
+        raise commands.UsageError(f"--density must be 'published' or a number above 0 up to 1, got {args.density!r}")
     return [density] * len(args.lengths)
 
 
@@ -200,7 +200,7 @@ def report(result: Result, output: Path) -> None:
     cells = [
         [
             str(row["length"]),
-            common.format_density(row["density"]),
+            tables.format_density(row["density"]),
             *(f"{row[state]['median_s']:.3f}" for state in ("unpatched", "patched", "free_attention")),
             f"{row['speedup']:.2f}",
             f"{row['ceiling']:.2f}",
@@ -208,7 +208,7 @@ def report(result: Result, output: Path) -> None:
         ]
         for row in result.rows
     ]
-    print(common.format_table(header, cells))
+    print(tables.format_table(header, cells))
     for row in result.rows:
         if "kernels" in row:
             print(f"\n{row['length']} tokens:\n{profiling.kernel_table(row['kernels'])}")
@@ -218,16 +218,16 @@ def report(result: Result, output: Path) -> None:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    common.check_range("--lengths", args.lengths, 1, common.LONGEST)
-    common.check_range("--repeats", args.repeats, 1)
+    options.check_range("--lengths", args.lengths, 1, options.LONGEST)
+    options.check_range("--repeats", args.repeats, 1)
     if args.chunk is not None:
-        common.check_range("--chunk", args.chunk, 1)
-    base = common.check_config_arguments(args).resolved()
+        options.check_range("--chunk", args.chunk, 1)
+    base = options.check_config_arguments(args).resolved()
     tasks = list(zip(args.lengths, densities_of(args), strict=True))[: args.limit]
     if args.shape:
-        model = random_model(args.shape, str(common.usable_device(args.device)), args.dtype)
+        model = random_model(args.shape, str(models.usable_device(args.device)), args.dtype)
     else:
-        model, _ = common.load_model(args.model, args.device, args.dtype)
+        model, _ = models.load_model(args.model, args.device, args.dtype)
 
     def work(i: int) -> list[dict]:
         length, density = tasks[i]
@@ -243,4 +243,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from eval import common, recording
+from eval import commands, options, recording, tables
 from eval.schema import ModelRecord, Result
 from eval.ttft import SHAPES, config_for_density, densities_of, spread
 from hf_flashprefill import FlashPrefillConfig
@@ -36,7 +36,7 @@ def in_engine(folder: str, longest: int, chunk: int, memory: float, config: Flas
     """What ``work`` makes of a vLLM engine in this process with weights made up by vLLM: the plugin's with ``config``, else
     FlashAttention's. The engine's memory is free again when this returns."""
     if not torch.cuda.is_available():
-        raise common.UsageError("an NVIDIA GPU is needed: the plugin stands on vLLM's FlashAttention")
+        raise commands.UsageError("an NVIDIA GPU is needed: the plugin stands on vLLM's FlashAttention")
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -116,18 +116,18 @@ def table(record: dict) -> str:
     header = ["tokens", "tokens a step", "density", "FlashAttention s", "ours s", "speed-up"]
     cells = [
         [
-            *(str(row["length"]), str(row["chunk"]), common.format_density(row["density"])),
+            *(str(row["length"]), str(row["chunk"]), tables.format_density(row["density"])),
             *(f"{row[state]['median_s']:.3f}" for state in ("unpatched", "patched")),
             f"{row['speedup']:.2f}",
         ]
         for row in record["rows"]
     ]
-    return common.format_table(header, cells)
+    return tables.format_table(header, cells)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("vllm_ttft", __doc__)
-    common.add_config_arguments(parser, min_seq_len=FlashPrefillConfig().min_seq_len)
+    parser = commands.Parser("vllm_ttft", __doc__)
+    options.add_config_arguments(parser, min_seq_len=FlashPrefillConfig().min_seq_len)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b", help="default: %(default)s")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072], help="tokens (default: %(default)s)")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 0], help="tokens a step, 0: all (default: %(default)s)")
@@ -152,13 +152,13 @@ def check_arguments(args: argparse.Namespace) -> FlashPrefillConfig:
     Raises:
         UsageError: A value is out of its range, or there is more than one process.
     """
-    common.check_range("--lengths", args.lengths, 1, common.LONGEST)
-    common.check_range("--chunks", args.chunks, 0)
-    common.check_range("--repeats", args.repeats, 1)
-    common.check_share("--memory", args.memory)
+    options.check_range("--lengths", args.lengths, 1, options.LONGEST)
+    options.check_range("--chunks", args.chunks, 0)
+    options.check_range("--repeats", args.repeats, 1)
+    options.check_share("--memory", args.memory)
     # vLLM would take accelerate's process group for that of its own workers.
-    common.check_one_process("vllm_ttft")
-    return common.check_config_arguments(args).resolved()
+    options.check_one_process("vllm_ttft")
+    return options.check_config_arguments(args).resolved()
 
 
 def run_of(args: argparse.Namespace, shape: PretrainedConfig, config: FlashPrefillConfig, version: str) -> Result:
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> int:
     try:
         import vllm
     except ImportError as error:
-        raise common.UsageError(f"vLLM is needed: {common.first_line(error)}") from None
+        raise commands.UsageError(f"vLLM is needed: {commands.first_line(error)}") from None
     # Where the package is not installed but on the path, nothing else would.
     register()
     shape = SHAPES[args.shape]()
@@ -220,4 +220,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

@@ -68,7 +68,7 @@ def _seeded():
 @pytest.fixture(scope="session")
 def recall_model():
     """The bundled model and its tokenizer."""
-    from eval.common import BUNDLED_MODEL, load_model
+    from eval.models import BUNDLED_MODEL, load_model
 
     return load_model(str(BUNDLED_MODEL), "cpu", "float32")
 

@@ -7,11 +7,13 @@ import pytest
 
 from eval import (
     calibrate,
-    common,
+    commands,
     layout_speed,
     lm_eval_adapter,
+    models,
     needle,
     operator_speed,
+    options,
     perplexity,
     recall,
     report,
@@ -34,13 +36,13 @@ harnesses = pytest.mark.parametrize("harness", HARNESSES, ids=lambda harness: ha
 def refusal(monkeypatch, capsys, tmp_path):
     """Runs a command in an empty folder and returns the one line that it refuses with; no model may be loaded for that."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(PartialRun, "run", lambda *_: pytest.fail("work began"))
 
     def refused(command, arguments, allowed=()):
         required = ["--tasks", "x"] if command is lm_eval_adapter else []
         monkeypatch.setattr(sys, "argv", ["command", *required, *arguments])
-        assert common.run_command(command.main) == 2
+        assert commands.run_command(command.main) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(allowed)
         return line
@@ -87,10 +89,10 @@ def test_other_outputs_are_tried_first(command, arguments, output, refusal, tmp_
 
 
 def test_a_folder_may_be_made_and_a_file_replaced(tmp_path):
-    common.check_writable(tmp_path / "new" / "folder" / "result.json")
+    options.check_writable(tmp_path / "new" / "folder" / "result.json")
     assert not list(tmp_path.iterdir())
     (tmp_path / "result.json").write_text("old")
-    common.check_writable(tmp_path / "result.json")
+    options.check_writable(tmp_path / "result.json")
     assert (tmp_path / "result.json").read_text() == "old"
 
 
@@ -193,14 +195,14 @@ def test_what_asks_says_what_it_takes(command, arguments, message, refusal):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(common.UsageError, match="there is no model in this folder, it has no config.json"):
-        common.load_model(str(tmp_path), "cpu", None)
-    shutil.copy(common.BUNDLED_MODEL / "config.json", tmp_path)
-    with pytest.raises(common.UsageError, match="tokenizer from one of: .*\\(1\\)"):
-        common.load_model(str(tmp_path), "cpu", None)
+    with pytest.raises(commands.UsageError, match="there is no model in this folder, it has no config.json"):
+        models.load_model(str(tmp_path), "cpu", None)
+    shutil.copy(models.BUNDLED_MODEL / "config.json", tmp_path)
+    with pytest.raises(commands.UsageError, match="tokenizer from one of: .*\\(1\\)"):
+        models.load_model(str(tmp_path), "cpu", None)
 
 
 @pytest.mark.parametrize("device", ["meta", "hpu", "nowhere"])
 def test_a_device_that_does_not_compute_is_refused(device):
-    with pytest.raises(common.UsageError, match=f"--device {device}: "):
-        common.usable_device(device)
+    with pytest.raises(commands.UsageError, match=f"--device {device}: "):
+        models.usable_device(device)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from eval import calibrate, common, ttft
+from eval import calibrate, commands, ttft
 from eval.haystack import standard_library_text
 from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats
@@ -57,7 +57,7 @@ def test_ttft_takes_the_settings(written, tmp_path):
     assert ttft.main([*options, "--output", str(path)]) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert row["settings"] == FlashPrefillConfig.from_json(written[2]).to_dict()
-    with pytest.raises(common.UsageError, match="layer_alphas must hold 4 numbers"):
+    with pytest.raises(commands.UsageError, match="layer_alphas must hold 4 numbers"):
         ttft.main([*options, "--set", "layer_alphas=[0.5]", "--output", str(path)])
 
 
@@ -76,7 +76,7 @@ def test_ttft_takes_the_settings(written, tmp_path):
 def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, capsys, tmp_path):
     # What comes last counts.
     monkeypatch.setattr(sys, "argv", ["calibrate", *SMALL, *arguments, "--output", str(tmp_path / "found.json")])
-    assert common.run_command(calibrate.main) == 2
+    assert commands.run_command(calibrate.main) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from eval import common, needle, perplexity, recall, recording, ruler, selection, ttft
+from eval import commands, models, needle, options, perplexity, recall, recording, ruler, selection, tables, ttft
 from eval.haystack import standard_library_text
 from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
@@ -53,7 +53,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_json(whole, small, tmp_pa
 
     monkeypatch.setattr(recall, "compare", interrupting)
     monkeypatch.setattr(sys, "argv", ["recall", *small, "--output", str(path)])
-    assert common.run_command(recall.main) == 130
+    assert commands.run_command(recall.main) == 130
     assert not path.exists()
     (partial,) = tmp_path.glob("recall.*.0.partial.jsonl")
     # As if the process had been killed in the middle of a line.
@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_json(whole, small, tmp_pa
     assert recall.main([*small, "--seed", "1", "--limit", "1", "--output", str(path)]) == 0
     assert len(calls) == 5
     assert partial.exists()
-    assert common.run_command(recall.main) == 0
+    assert commands.run_command(recall.main) == 0
     assert len(calls) == 7
     assert [file.name for file in tmp_path.iterdir()] == ["recall.json"]
     assert timeless(json.loads(path.read_text())) == timeless(whole)
@@ -187,7 +187,7 @@ def test_each_process_has_its_own_tasks_and_sees_what_others_finished(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [common.UsageError, ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [commands.UsageError, ValueError, KeyboardInterrupt])
 def test_what_ends_before_its_first_row_leaves_nothing(error, tmp_path):
     def work(i):
         raise error
@@ -304,7 +304,7 @@ def test_perplexity_rise_by_hand():
 def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recall", *arguments])
     monkeypatch.chdir(ROOT)
-    assert common.run_command(recall.main) == 2
+    assert commands.run_command(recall.main) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
@@ -318,15 +318,15 @@ def test_random_weights_of_a_shape(small, tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     assert record["model"]["name"] == "shape:small"
     assert record["summary"][0]["unpatched_nll"] == pytest.approx(math.log(5000), rel=0.05)
-    with pytest.raises(common.UsageError, match="the shapes are llama-3.1-8b"):
-        common.load_model("shape:none", "cpu", None)
+    with pytest.raises(commands.UsageError, match="the shapes are llama-3.1-8b"):
+        models.load_model("shape:none", "cpu", None)
 
 
 def test_fields_are_set_by_name():
-    parser = common.Parser("recall", "Documentation.")
-    common.add_run_arguments(parser, "recall", [1024])
+    parser = commands.Parser("recall", "Documentation.")
+    options.add_run_arguments(parser, "recall", [1024])
     args = parser.parse_args(["--alpha", "0.25", "--set", "dense_layers=[0, 2]", "backend=reference", "sink_blocks=0"])
-    config = common.check_run_arguments(args)
+    config = options.check_run_arguments(args)
     assert (config.alpha, config.dense_layers, config.backend, config.sink_blocks) == (0.25, (0, 2), "reference", 0)
 
 
@@ -334,14 +334,14 @@ def test_a_file_of_settings_yields_to_options(tmp_path):
     path = tmp_path / "config.json"
     written = FlashPrefillConfig(layer_alphas=(0.1, 0.2), selector="peak", min_seq_len=4096, sink_blocks=0)
     written.to_json(path)
-    parser = common.Parser("recall", "Documentation.")
-    common.add_run_arguments(parser, "recall", [1024])
+    parser = commands.Parser("recall", "Documentation.")
+    options.add_run_arguments(parser, "recall", [1024])
 
-    def config(*options):
-        return common.check_run_arguments(parser.parse_args(list(options)))
+    def config(*given):
+        return options.check_run_arguments(parser.parse_args(list(given)))
 
     assert config("--config", str(path)) == written
-    assert "alpha 0.1 to 0.2 by layer" in common.describe(written)
+    assert "alpha 0.1 to 0.2 by layer" in tables.describe(written)
     assert config("--config", str(path), "--set", "sink_blocks=3") == replace(written, sink_blocks=3)
     assert config("--config", str(path), "--alpha", "0.5", "--min-seq-len", "7") == replace(
         written, alpha=0.5, layer_alphas=None, min_seq_len=7

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import common, layout_speed, operator_speed, ttft, vllm_ttft
+from eval import commands, layout_speed, models, operator_speed, ttft, vllm_ttft
 from eval.haystack import standard_library_text
 from eval.train_recall import __main__ as train_recall
 from eval.train_recall import quality
@@ -40,7 +40,7 @@ def test_operator_speed_times_an_audit(tmp_path):
     assert operator_speed.main([*arguments, "--audit-rows", "4"]) == 0
     row = json.loads(path.read_text())["rows"][0]
     assert row["audit"]["median_ms"] > 0
-    with pytest.raises(common.UsageError, match="--audit-rows must be at least 0, got -1"):
+    with pytest.raises(commands.UsageError, match="--audit-rows must be at least 0, got -1"):
         operator_speed.main([*arguments, "--audit-rows", "-1"])
 
 
@@ -54,9 +54,9 @@ def test_a_peer_is_timed_on_the_same_tensors_and_lists(tmp_path):
     arguments = ["--lengths", "512", "--seconds", "0.01", "--device", "cpu", "--output", str(tmp_path / "operator.json")]
     assert operator_speed.main([*arguments, "--peer", f"mine={peer}"]) == 0
     assert json.loads((tmp_path / "operator.json").read_text())["rows"][0]["speedup_over_mine"] > 0
-    with pytest.raises(common.UsageError, match="--peer"):
+    with pytest.raises(commands.UsageError, match="--peer"):
         operator_speed.main([*arguments, "--peer", "mine=nowhere.py"])
-    with pytest.raises(common.UsageError, match="--portable must come with a GPU"):
+    with pytest.raises(commands.UsageError, match="--portable must come with a GPU"):
         operator_speed.main([*arguments, "--portable"])
 
 
@@ -96,11 +96,11 @@ def test_another_checkout_is_timed_in_turns_and_compared(tmp_path):
 
 def test_a_checkout_without_the_same_stages_is_refused(tmp_path):
     arguments = ["--lengths", "512", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path / "operator.json")]
-    with pytest.raises(common.UsageError, match="--before must be a checkout"):
+    with pytest.raises(commands.UsageError, match="--before must be a checkout"):
         operator_speed.main([*arguments, "--before", str(tmp_path)])
     (tmp_path / "hf_flashprefill").mkdir()
     (tmp_path / "hf_flashprefill" / "__init__.py").write_text("")
-    with pytest.raises(common.UsageError, match="has other stages: .*functional"):
+    with pytest.raises(commands.UsageError, match="has other stages: .*functional"):
         operator_speed.main([*arguments, "--before", str(tmp_path)])
     assert not (tmp_path / "operator.json").exists()
 
@@ -190,7 +190,7 @@ def test_kernels_of_layouts(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [["--chunk", "100"], ["--density", "0"], ["--lengths", "8"], ["--kv-heads", "3"]])
 def test_layouts_refuse(arguments):
-    with pytest.raises(common.UsageError, match=arguments[0]):
+    with pytest.raises(commands.UsageError, match=arguments[0]):
         layout_speed.main(arguments)
 
 
@@ -241,13 +241,13 @@ REFUSED = [["--density", "2"], ["--density", "published", "--lengths", "1000"], 
 
 @pytest.mark.parametrize("arguments", [*REFUSED, ["--chunks", "-1"], ["--set", "alpha=7"]])
 def test_vllm_ttft_refuses(arguments):
-    with pytest.raises(common.UsageError, match=r"--density|--repeats|--chunks|alpha must be from 0 to 1, got 7"):
+    with pytest.raises(commands.UsageError, match=r"--density|--repeats|--chunks|alpha must be from 0 to 1, got 7"):
         vllm_ttft.main(arguments)
 
 
 @pytest.mark.parametrize("arguments", [*REFUSED, ["--chunk", "0"]])
 def test_ttft_refuses(arguments):
-    with pytest.raises(common.UsageError, match=arguments[0]):
+    with pytest.raises(commands.UsageError, match=arguments[0]):
         ttft.main(arguments)
 
 
@@ -277,7 +277,7 @@ def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkey
     assert len(record["recall"]) == 5
     assert all(0 <= row["recall"] <= 1 for row in record["recall"])
     assert "| 400 |" in (tmp_path / "README.md").read_text()
-    model, tokenizer = common.load_model(str(tmp_path), "cpu", None)
+    model, tokenizer = models.load_model(str(tmp_path), "cpu", None)
     assert model.config.num_hidden_layers == 1
     # Going on from there starts where it ended.
     more = ["--init", str(tmp_path), "--output", str(tmp_path / "more"), "--packages", "tqdm", "--device", "cpu"]
@@ -287,12 +287,12 @@ def test_training_lowers_the_loss_and_writes_a_model_that_loads(tmp_path, monkey
     assert train_recall.main([*more, "--stages", "128:2,256:2", *steps[2:], "--minutes", "1e-9"]) == 0
     assert [entry["step"] for entry in json.loads((tmp_path / "more" / "training.json").read_text())["log"]] == [1]
     assert "1 of\n4 steps" in (tmp_path / "more" / "README.md").read_text()
-    with pytest.raises(common.UsageError, match="--minutes must be above 0"):
+    with pytest.raises(commands.UsageError, match="--minutes must be above 0"):
         train_recall.main([*more, "--minutes", "0"])
     assert tokenizer("481923", add_special_tokens=False)["input_ids"] == tokenizer.convert_tokens_to_ids(list("481923"))
 
 
 def test_stages_are_checked():
     assert train_recall.parse_stages("128:5,256:7")[1] == Stage(256, 7)
-    with pytest.raises(common.UsageError, match="--stages: stages are WINDOW:STEPS pairs"):
+    with pytest.raises(commands.UsageError, match="--stages: stages are WINDOW:STEPS pairs"):
         train_recall.build_parser().parse_args(["--output", "x", "--stages", "128"])

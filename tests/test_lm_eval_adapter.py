@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from eval import lm_eval_adapter
-from eval.common import UsageError, run_command
+from eval.commands import UsageError, run_command
 from eval.haystack import random_facts, standard_library_text
 from eval.schema import timeless
 

@@ -157,10 +157,10 @@ def test_questions_that_stayed_dense_are_counted():
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments, message, monkeypatch, capsys):
-    from eval import common
+    from eval import commands
 
     monkeypatch.setattr(sys, "argv", ["needle", *arguments])
-    assert common.run_command(needle.main) == 2
+    assert commands.run_command(needle.main) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from eval import perplexity
-from eval.common import UsageError
+from eval.commands import UsageError
 from eval.haystack import encode, standard_library_text
 from eval.texts import corpus_ids, documents
 from hf_flashprefill import FlashPrefillConfig, patched

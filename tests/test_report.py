@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from matplotlib.pyplot import imread
 
-from eval import common, pictures, recall, report
+from eval import commands, pictures, recall, report
 
 ROOT = Path(__file__).parent.parent
 # A trained model's log lies beside its card and is no harness's result.
@@ -195,7 +195,7 @@ def test_mistakes_end_in_one_line_and_status_2(content, arguments, message, tmp_
     if content is not None:
         path.write_text(content)
     monkeypatch.setattr(sys, "argv", ["report", str(path), "--output", str(tmp_path / "report.html"), *arguments])
-    assert common.run_command(report.main) == 2
+    assert commands.run_command(report.main) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert message in error[0]
@@ -206,7 +206,7 @@ def test_a_bad_file_after_a_good_one_leaves_nothing(tmp_path):
     for name, content in (("ruler", MADE["ruler"]), ("ttft", {"rows": [{}]})):
         (tmp_path / f"{name}.json").write_text(json.dumps({"harness": name, **RUN, **content}))
     results = [str(tmp_path / "ruler.json"), str(tmp_path / "ttft.json")]
-    with pytest.raises(common.UsageError, match=r"ttft.json: not a result of eval\.ttft"):
+    with pytest.raises(commands.UsageError, match=r"ttft.json: not a result of eval\.ttft"):
         report.main([*results, "--output", str(tmp_path / "report.html")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ruler.json", "ttft.json"]
 

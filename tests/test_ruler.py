@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from eval import ruler
-from eval.common import UsageError
+from eval.commands import UsageError
 from eval.ruler_tasks import TASKS, QaRecord, Sources, fit_amount, make_sample, match_all, match_part, split_sentences
 
 SENTENCES = split_sentences("It rains. Nobody came!\nWhy not?  " * 50)

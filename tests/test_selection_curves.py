@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval import common, report, selection
+from eval import commands, report, selection
 from eval.haystack import encode, standard_library_text
 from eval.oracle import block_masses, index_from_masses, oracle_selection
 from eval.probe import AttentionInput, attention_inputs
@@ -230,9 +230,9 @@ def test_an_interrupted_run_gives_the_same_json(whole, options, tmp_path, monkey
     monkeypatch.setattr(selection, "measure", interrupting)
     arguments = [*options, "--no-times", "--output", str(path)]
     monkeypatch.setattr(sys, "argv", ["selection", *arguments])
-    assert common.run_command(selection.main) == 130
+    assert commands.run_command(selection.main) == 130
     assert not path.exists()
-    assert common.run_command(selection.main) == 0
+    assert commands.run_command(selection.main) == 0
     assert len(calls) == 3
     again = json.loads(path.read_text())
     assert all(row["layer_operator_seconds"] == [] for row in again["rows"])
@@ -288,7 +288,7 @@ def test_default_curves_are_valid_and_hold_the_defaults():
 )
 def test_mistakes_end_in_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["selection", "--device", "cpu", "--output", str(tmp_path / "s.json"), *arguments])
-    assert common.run_command(selection.main) == 2
+    assert commands.run_command(selection.main) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error

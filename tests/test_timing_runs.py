@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import common, layout_speed, lm_eval_adapter, operator_speed, recording, ttft, vllm_ttft
+from eval import commands, layout_speed, lm_eval_adapter, operator_speed, recording, ttft, vllm_ttft
 from eval.schema import timeless
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def interrupted(monkeypatch):
 
         monkeypatch.setattr(harness, "measure", interrupting)
         monkeypatch.setattr(sys, "argv", ["harness", *options, "--output", str(output)])
-        assert common.run_command(harness.main) == 130
+        assert commands.run_command(harness.main) == 130
         assert not output.exists()
         assert len(list(output.parent.glob("*.0.partial.jsonl"))) == 1
         return calls
@@ -75,7 +75,7 @@ def test_an_interrupted_run_goes_on(harness, interrupted, tmp_path, capsys):
     assert "1 of 3 " in capsys.readouterr().out
     (partial,) = tmp_path.glob("*.partial.jsonl")
     first = json.loads(partial.read_text())["rows"]
-    assert common.run_command(harness.main) == 0
+    assert commands.run_command(harness.main) == 0
     assert len(calls) == 4
     record = json.loads(path.read_text())
     assert record["rows"][: len(first)] == first
@@ -127,15 +127,15 @@ def test_limit_is_of_each_head_dim_and_batch(tmp_path):
 
 @pytest.mark.parametrize("harness", [*OPTIONS, vllm_ttft], ids=lambda harness: harness.__name__)
 def test_limit_and_output_are_checked(harness, tmp_path):
-    with pytest.raises(common.UsageError, match="--limit must be at least 1, got 0"):
+    with pytest.raises(commands.UsageError, match="--limit must be at least 1, got 0"):
         harness.main(["--limit", "0"])
-    with pytest.raises(common.UsageError, match="--output must name a JSON file"):
+    with pytest.raises(commands.UsageError, match="--output must name a JSON file"):
         harness.main(["--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("harness", [ttft, operator_speed, layout_speed], ids=lambda harness: harness.__name__)
 def test_an_unknown_device_is_refused(harness):
-    with pytest.raises(common.UsageError, match="--device nowhere"):
+    with pytest.raises(commands.UsageError, match="--device nowhere"):
         harness.main(["--device", "nowhere"])
 
 
@@ -144,7 +144,7 @@ def test_rows_of_another_environment_are_not_taken_up(field, layouts, interrupte
     path, environment = tmp_path / "times.json", recording.environment
     calls = interrupted(layout_speed, path, layouts)
     monkeypatch.setattr(recording, "environment", lambda device: environment(device) | {field: "another"})
-    assert common.run_command(layout_speed.main) == 0
+    assert commands.run_command(layout_speed.main) == 0
     assert len(calls) == 5
     assert json.loads(path.read_text())["environment"][field] == "another"
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == 1
@@ -154,7 +154,7 @@ def test_the_time_of_a_resumed_run_is_its_end(layouts, interrupted, tmp_path, mo
     path, times = tmp_path / "times.json", iter("abcdefgh")
     monkeypatch.setattr(recording, "_now", lambda: next(times))
     calls = interrupted(layout_speed, path, layouts)
-    assert common.run_command(layout_speed.main) == 0
+    assert commands.run_command(layout_speed.main) == 0
     assert len(calls) == 4
     assert json.loads(path.read_text())["environment"]["time"] == "c"
 
@@ -171,7 +171,7 @@ def test_rows_of_another_peer_are_not_taken_up(interrupted, tmp_path):
     peer.write_text("def prepare(query, key, value, index):\n    return lambda: query + 1\n")
     calls = interrupted(operator_speed, path, [*OPTIONS[operator_speed], "--peer", f"mine={peer}"])
     peer.write_text("def prepare(query, key, value, index):\n    return lambda: query + 2\n")
-    assert common.run_command(operator_speed.main) == 0
+    assert commands.run_command(operator_speed.main) == 0
     assert len(calls) == 5
     assert str(peer) not in path.read_text()
 
@@ -181,11 +181,11 @@ def test_the_gate_comes_first_on_a_resumed_run_too(interrupted, tmp_path, monkey
     calls = interrupted(operator_speed, path, OPTIONS[operator_speed])
     with monkeypatch.context() as patch:
         patch.setattr(operator_speed, "passes_gate", lambda *_: False)
-        assert common.run_command(operator_speed.main) == 1
+        assert commands.run_command(operator_speed.main) == 1
     assert len(calls) == 2
     assert not path.exists()
     assert "speedup" not in capsys.readouterr().out
-    assert common.run_command(operator_speed.main) == 0
+    assert commands.run_command(operator_speed.main) == 0
     assert len(calls) == 4
 
 
@@ -207,5 +207,5 @@ def test_two_processes_share_the_rows(tmp_path):
 def test_what_has_no_rows_to_split_runs_in_one_process(arguments, monkeypatch):
     harness, options = arguments
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(common.UsageError, match="runs in one process; start it without accelerate launch"):
+    with pytest.raises(commands.UsageError, match="runs in one process; start it without accelerate launch"):
         harness.main(options)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import common, recording
+from eval import commands, models, options, recording
 from eval.haystack import encode, package_sources, package_text, standard_library_text
 from eval.train_recall.card import model_card
 from eval.train_recall.data import LEAST_VOCABULARY, PlantedWindows, train_tokenizer, training_tokens
@@ -45,7 +45,7 @@ def parse_stages(text: str) -> list[Stage]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = common.Parser("train_recall", __doc__)
+    parser = commands.Parser("train_recall", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for weights, tokenizer and model card")
     parser.add_argument("--init", type=Path, help="folder of a model to go on with, instead of starting from nothing")
     parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose sources are trained on as well")
@@ -76,23 +76,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         UsageError: A value is out of its range.
     """
     if not 0 < args.minutes < math.inf:
-        raise common.UsageError(f"--minutes must be above 0, got {args.minutes}")
+        raise commands.UsageError(f"--minutes must be above 0, got {args.minutes}")
     if not 0 < args.learning_rate <= 1:
-        raise common.UsageError(f"--learning-rate must be above 0 and at most 1, got {args.learning_rate}")
+        raise commands.UsageError(f"--learning-rate must be above 0 and at most 1, got {args.learning_rate}")
     for name in ("tokens_per_step", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "recall_prompts"):
-        common.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
+        options.check_range(f"--{name.replace('_', '-')}", getattr(args, name), 1)
     if args.heads % args.kv_heads:
-        raise common.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
+        raise commands.UsageError(f"--kv-heads must divide --heads {args.heads}, got {args.kv_heads}")
     if args.head_dim < 2 or args.head_dim % 2:
-        raise common.UsageError(f"--head-dim must be even and at least 2, got {args.head_dim}")
-    common.check_range("--vocab-size", args.vocab_size, LEAST_VOCABULARY)
-    common.check_range("--recall-lengths", args.recall_lengths, LEAST_RECALL_LENGTH, common.LONGEST)
-    common.check_range("--seed", args.seed, 0)
+        raise commands.UsageError(f"--head-dim must be even and at least 2, got {args.head_dim}")
+    options.check_range("--vocab-size", args.vocab_size, LEAST_VOCABULARY)
+    options.check_range("--recall-lengths", args.recall_lengths, LEAST_RECALL_LENGTH, options.LONGEST)
+    options.check_range("--seed", args.seed, 0)
     for name in args.packages:
         if not package_sources(name) or recording.package_version(name) is None:
-            raise common.UsageError(f"--packages must be installed packages with Python sources, got {name}")
-    common.usable_device(args.device)
-    common.check_writable(args.output / "training.json")
+            raise commands.UsageError(f"--packages must be installed packages with Python sources, got {name}")
+    models.usable_device(args.device)
+    options.check_writable(args.output / "training.json")
 
 
 def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -130,17 +130,17 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(args.seed)
     text = standard_library_text("train")
     if args.init:
-        model, tokenizer = common.load_model(str(args.init), args.device, "float32")
+        model, tokenizer = models.load_model(str(args.init), args.device, "float32")
         model.train()
     else:
         tokenizer = train_tokenizer(text, args.vocab_size)
         model = new_model(args, tokenizer)
     texts = [text, *(package_text(name) for name in args.packages)]
     corpus = training_tokens(tokenizer, texts)
-    common.check_range("--recall-lengths", args.recall_lengths, 1, len(encode(tokenizer, standard_library_text("held_out"))))
+    options.check_range("--recall-lengths", args.recall_lengths, 1, len(encode(tokenizer, standard_library_text("held_out"))))
     longest = max(stage.window for stage in args.stages)
     if longest + 1 >= len(corpus):
-        raise common.UsageError(f"--stages must have windows of at most {len(corpus) - 2} tokens of this text, got {longest}")
+        raise commands.UsageError(f"--stages must have windows of at most {len(corpus) - 2} tokens of this text, got {longest}")
     print(f"{sum(map(len, texts)) / 1e6:.1f} M characters, {len(corpus) / 1e6:.2f} M tokens", flush=True)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     data = PlantedWindows(tokenizer, corpus, args.seed)
@@ -173,4 +173,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run_command(main))
+    sys.exit(commands.run_command(main))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
-from eval import common, vllm_ttft
+from eval import commands, vllm_ttft
 
 from .engines import VOCABULARY, engine
 
@@ -85,10 +85,10 @@ def test_an_interrupted_run_starts_the_engines_that_are_left(asked, tmp_path, mo
     path = tmp_path / "ttft.json"
     options = ["--lengths", "3000", "1500", "--chunks", "1024", "0", "--density", "0.4", "--output", str(path)]
     monkeypatch.setattr(sys, "argv", ["vllm_ttft", *options])
-    assert common.run_command(vllm_ttft.main) == 130
+    assert commands.run_command(vllm_ttft.main) == 130
     assert asked == [(1024, False, 3000, [3000, 1500]), (1024, True, 3000, [3000]), (1024, True, 3000, [])]
     assert not path.exists()
-    assert common.run_command(vllm_ttft.main) == 0
+    assert commands.run_command(vllm_ttft.main) == 0
     assert asked[3:] == [
         *((1024, False, 3000, [1500]), (1024, True, 3000, [1500])),
         *((0, False, 3000, [3000, 1500]), (0, True, 3000, [3000]), (0, True, 3000, [1500])),
@@ -107,5 +107,5 @@ def test_limit_takes_the_first_lengths_of_each_chunk_size(asked, tmp_path):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    with pytest.raises(common.UsageError, match="an NVIDIA GPU is needed"):
+    with pytest.raises(commands.UsageError, match="an NVIDIA GPU is needed"):
         vllm_ttft.main(["--lengths", "32768", "--output", str(tmp_path / "ttft.json")])

@@ -1,0 +1,87 @@
+"""The model that a harness asks, its device, and what is asked of any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.commands import UsageError, first_line
+from eval.runner import process_count
+from hf_flashprefill import prefill_stats
+
+BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
+# For ``generate``, which takes what nobody asks for from the model's own settings.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer from the hub or a folder.
+
+    ``shape:NAME`` gives random weights of one of eval.ttft's published shapes with the bundled tokenizer: its answers mean
+    nothing, but it shows that a harness fits and runs at that size.
+
+    Raises:
+        UsageError: There is no such model, shape or device.
+    """
+    target = usable_device(device)
+    chosen = DTYPES[dtype] if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    if name.startswith("shape:"):
+        return _random_model(name.removeprefix("shape:"), target, dtype)
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise UsageError(f"--model {name}: there is no such folder")
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise UsageError(f"--model {name}: there is no model in this folder, it has no config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {name}: {first_line(error)}") from None
+    return model.to(target).eval(), tokenizer
+
+
+def _random_model(shape: str, device: torch.device, dtype: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Imported here because eval.ttft imports this module.
+    from eval.ttft import SHAPES, random_model
+
+    if shape not in SHAPES:
+        raise UsageError(f"--model shape:{shape}: the shapes are {', '.join(sorted(SHAPES))}")
+    return random_model(shape, str(device), dtype), AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+
+
+def usable_device(device: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    try:
+        target = process_device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UsageError(f"--device {device}: {first_line(error)}") from None
+    if target.type == "meta":
+        raise UsageError(f"--device {device}: it computes nothing")
+    return target
+
+
+def process_device(device: str) -> torch.device:
+    """The device of this process: with `accelerate launch`, each takes a GPU of its own."""
+    if process_count() > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu")
+        return state.device if device == "cuda" else torch.device(device)
+    return torch.device(device)
+
+
+def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of every text, such as a begin-of-text token."""
+    return [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
+
+
+def head_densities(model: PreTrainedModel) -> list[list[float]]:
+    """Density of every query head of every layer since the model was patched, to four places; a dense layer has no heads."""
+    return [[round(density, 4) for density in layer.head_density] for layer in prefill_stats(model).layers]
