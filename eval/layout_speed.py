@@ -42,7 +42,8 @@ from eval.schema import Result
 from eval.stages import Tensors, stage_runs
 from eval.ttft import config_for_density
 from hf_flashprefill import BlockIndex, FlashPrefillConfig, KeptPools, flash_prefill_attention
-from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, medians_ms
+from hf_flashprefill.crossover.imposed import PUBLISHED_DENSITY
+from hf_flashprefill.crossover.timing import medians_ms
 from hf_flashprefill.functional import resolve_backend
 
 KEPT_POOLS = "chunked_kept_pools"

@@ -45,7 +45,8 @@ from eval.stages import Tensors, package_stages
 from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import MEAN_BLOCKS, POOL_SIZES, SELECTORS, SORTING_SELECTORS
-from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY, imposed_index, medians_ms
+from hf_flashprefill.crossover.imposed import PUBLISHED_DENSITY, imposed_index
+from hf_flashprefill.crossover.timing import medians_ms
 from hf_flashprefill.functional import resolve_backend
 from hf_flashprefill.geometry import PrefillGeometry
 

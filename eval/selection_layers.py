@@ -14,7 +14,7 @@ from eval.selection_points import Point
 from eval.stages import stage_runs
 from hf_flashprefill import BlockIndex
 from hf_flashprefill.attention_mass import exact_shares, kept_shares
-from hf_flashprefill.crossover.measure import median_ms
+from hf_flashprefill.crossover.timing import median_ms
 from hf_flashprefill.functional import resolve_backend, select_in_rounds, selection_rule
 from hf_flashprefill.geometry import PrefillGeometry
 

@@ -36,7 +36,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from eval import commands, models, options, profiling, recording, tables
 from eval.schema import Result
 from hf_flashprefill import FlashPrefillConfig, patched, prefill_stats, reset_prefill_stats
-from hf_flashprefill.crossover.measure import PUBLISHED_DENSITY
+from hf_flashprefill.crossover.imposed import PUBLISHED_DENSITY
 
 SHAPES = {
     "llama-3.1-8b": lambda: LlamaConfig(

@@ -15,10 +15,12 @@ from hf_flashprefill import FlashPrefillConfig, patch_model, prefill_stats
 from hf_flashprefill.backends import torch as torch_backend
 from hf_flashprefill.crossover import (
     NEVER,
+    imposed,
     known,
     measure,
     measure_crossover,
     min_seq_len_of_model,
+    timing,
 )
 from hf_flashprefill.crossover import __main__ as command
 from hf_flashprefill.masking import _TAKES_CACHE_POSITION, CausalMask
@@ -152,7 +154,7 @@ def test_the_clock_times_the_operator_at_the_assumed_density(settings, monkeypat
     dense, sparse = measure.time_attention(SHAPE, CPU, FlashPrefillConfig(**settings), 4096)
     assert dense > 0
     assert sparse > 0
-    assert len(seen) > measure.FEWEST_RUNS
+    assert len(seen) > timing.FEWEST_RUNS
     (query, key, density, has_means) = seen[0]
     assert (query, key, has_means) == ((1, 4, 4096, 32), (1, 2, 4096, 32), settings == {})
     assert density == pytest.approx(0.70, abs=0.02)
@@ -162,7 +164,7 @@ def test_the_clock_times_the_operator_at_the_assumed_density(settings, monkeypat
 def test_times_that_are_compared_are_taken_in_turns():
     calls = []
     runs = {name: functools.partial(calls.append, name) for name in ("one", "other")}
-    times = measure.medians_ms(runs, torch.device("cpu"), seconds=0, least=3)
+    times = timing.medians_ms(runs, torch.device("cpu"), seconds=0, least=3)
     assert calls == ["one", "other"] * 4
     assert times.keys() == runs.keys()
     assert all(
@@ -171,11 +173,11 @@ def test_times_that_are_compared_are_taken_in_turns():
 
 
 def test_densities_between_the_published_ones():
-    for length, density in measure.PUBLISHED_DENSITY.items():
-        assert measure.assumed_density(length) == pytest.approx(density)
+    for length, density in imposed.PUBLISHED_DENSITY.items():
+        assert imposed.assumed_density(length) == pytest.approx(density)
     # Half way between 4K and 8K on a scale of ratios.
-    assert measure.assumed_density(round(4096 * 2**0.5)) == pytest.approx((0.70 + 0.46) / 2, abs=1e-4)
-    assert [measure.assumed_density(length) for length in (1, 1024, 1 << 30)] == pytest.approx([1, 1, 0.041])
+    assert imposed.assumed_density(round(4096 * 2**0.5)) == pytest.approx((0.70 + 0.46) / 2, abs=1e-4)
+    assert [imposed.assumed_density(length) for length in (1, 1024, 1 << 30)] == pytest.approx([1, 1, 0.041])
 
 
 def test_the_command_prints_every_length_and_keeps_the_answer(capsys, cache, monkeypatch):

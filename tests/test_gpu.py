@@ -18,7 +18,7 @@ from hf_flashprefill import (
     warmup,
 )
 from hf_flashprefill.audit import RowAudit
-from hf_flashprefill.crossover.measure import median_ms
+from hf_flashprefill.crossover.timing import median_ms
 from hf_flashprefill.stats import LayerRecord
 from hf_flashprefill.support.families import FAMILIES
 from hf_flashprefill.support.matrix import check_column

@@ -5,7 +5,7 @@
     python -m hf_flashprefill.crossover --heads 32 --kv-heads 8 --head-dim 128 --query-len 1024
 
 Prints the times at each length, milliseconds of one layer, as they are measured. The densities are assumed, see
-``hf_flashprefill/crossover/measure.py``. With ``--query-len`` the lengths are those of the keys that a chunk of a prompt sees;
+``hf_flashprefill/crossover/imposed.py``. With ``--query-len`` the lengths are those of the keys that a chunk of a prompt sees;
 these times are only printed. The last line is one JSON object.
 """
 
@@ -22,8 +22,9 @@ import torch
 from ..command_line import Parser
 from ..config import SELECTORS, FlashPrefillConfig
 from ..functional import DTYPES
+from .imposed import assumed_density
 from .known import LayerShape, cache_file
-from .measure import GPU_LENGTHS, assumed_density, chunk_lengths, measure_crossover, time_attention
+from .measure import GPU_LENGTHS, chunk_lengths, measure_crossover, time_attention
 
 HEADER = " tokens  density  dense ms sparse ms  speed-up"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
