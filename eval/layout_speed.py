@@ -34,7 +34,6 @@ from eval.operator_speed import (
     add_tensor_arguments,
     check_head_dims,
     check_tensor_arguments,
-    dated_output,
     operator_run,
     random_tensors,
 )
@@ -131,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--kernels", action="store_true", help="profile every layout but chunked_tails, too")
     parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
-    parser.add_argument("--output", type=Path, help="JSON file (default: results/layouts-DATE-DEVICE.json)")
+    parser.add_argument("--output", type=Path, default=Path("results/layout.json"), help="JSON file (default: %(default)s)")
     return parser
 
 
@@ -173,12 +172,10 @@ def main(argv: list[str]) -> int:
 
     config = FlashPrefillConfig(selector=args.selector, alpha=1.0, dense_tail_blocks=0, backend=args.backend)
     run = operator_run("layout_speed", args, args.backend, config.resolved())
-    output = args.output or dated_output("results", "layouts", run)
-    options.check_writable(output)
     names = [f"{i}/{length}" for i, length in enumerate(lengths)]
-    result = recording.time_and_record(run, output, names, work, "length")
+    result = recording.time_and_record(run, args.output, names, work, "length")
     if result:
-        report(result, output)
+        report(result, args.output)
     return 0
 
 

@@ -28,7 +28,6 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -257,7 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--portable", action="store_true", help="use the portable Triton kernels on Hopper, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="quick look: at most this many lengths of each head dim and batch")
-    parser.add_argument("--output", type=Path, help="JSON file (default: benchmarks/results/operator-DATE-DEVICE.json)")
+    parser.add_argument("--output", type=Path, default=Path("results/operator.json"), help="JSON file (default: %(default)s)")
     return parser
 
 
@@ -320,11 +319,6 @@ def operator_run(harness: str, args: argparse.Namespace, implementation: str, co
     return Result(harness, place, identity, config.to_dict(), arguments, [], [])
 
 
-def dated_output(folder: str, kind: str, run: Result) -> Path:
-    """The JSON file of a run that names none: by day and device."""
-    return Path(folder) / f"{kind}-{date.today()}-{recording.device_slug(run.environment)}.json"
-
-
 def peer_checksums(peers: list[str]) -> list[list]:
     """Name and checksum of every NAME=FILE.py: another file of the same name is another implementation."""
     named = (peer.partition("=") for peer in peers)
@@ -357,17 +351,15 @@ def main(argv: list[str]) -> int:
     shapes = options.limited(groups, args.limit)
     names = [f"{i}/{length}" for i, (length, *_) in enumerate(shapes)]
     run = operator_run("operator_speed", args, backend.__name__, args.config)
-    output = args.output or dated_output("benchmarks/results", "operator", run)
-    options.check_writable(output)
     packages = [hf_flashprefill, *([before.package(args.before)] if args.before else [])]
     with torch.no_grad(), portable_kernels(packages) if args.portable else contextlib.nullcontext():
         if not all(passes_gate(backend, head_dim, args) for head_dim in args.head_dims):
             print("the correctness gate failed: no times are reported", file=sys.stderr)
             return 1
         others = {"peers": peer_checksums(args.peer), "before": before.package_checksum(args.before)}
-        result = recording.time_and_record(run, output, names, lambda i: [measure(*shapes[i], args)], "shape", others)
+        result = recording.time_and_record(run, args.output, names, lambda i: [measure(*shapes[i], args)], "shape", others)
     if result:
-        report(result, output, args.selectors)
+        report(result, args.output, args.selectors)
     return 0
 
 

@@ -121,8 +121,6 @@ def check_output_arguments(args: argparse.Namespace) -> None:
     """
     if args.limit is not None:
         check_range("--limit", args.limit, 1)
-    if args.output is None:
-        return
     if args.output.is_dir():
         raise UsageError(f"--output must name a JSON file, {args.output} is a folder")
     # A picture lies beside it under the same name.

@@ -178,11 +178,6 @@ def package_version(package: str) -> str | None:
         return None
 
 
-def device_slug(environment: dict[str, Any]) -> str:
-    """The device of a run as file names have it."""
-    return "cpu" if environment["threads"] else environment["device"].lower().replace(" ", "-")
-
-
 def fingerprint(model: PreTrainedModel) -> int:
     """Tells apart weights that share a name, such as those of a folder that was trained again, wholly or in part."""
     found = 0

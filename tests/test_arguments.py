@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,13 @@ def refusal(monkeypatch, capsys, tmp_path):
         return line
 
     return refused
+
+
+@harnesses
+def test_a_result_lies_outside_what_git_tracks_unless_asked_for(harness):
+    output = harness.build_parser().get_default("output")
+    assert output.parent == Path("results")
+    assert "/results/" in (Path(__file__).parent.parent / ".gitignore").read_text(encoding="utf-8").splitlines()
 
 
 @harnesses
