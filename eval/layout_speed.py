@@ -124,8 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192], help="tokens (default: %(default)s)")
     parser.add_argument("--density", type=float, help="of the visible blocks; default: as published for the length")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens (default: %(default)s)")
-    parser.add_argument("--selector", choices=KERNEL_SELECTORS, default=FlashPrefillConfig().selector)
-    parser.add_argument("--head-dim", type=int, default=64, help="(default: %(default)s)")
+    default = FlashPrefillConfig().selector
+    parser.add_argument("--selector", choices=KERNEL_SELECTORS, default=default, help="(default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=64, help="channels per head (default: %(default)s)")
     add_tensor_arguments(parser)
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
     parser.add_argument("--kernels", action="store_true", help="profile every layout but chunked_tails, too")

@@ -137,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--apply-chat-template", action="store_true")
     parser.add_argument("--limit", type=int, help="at most this many samples of each task")
     parser.add_argument("--output", type=Path, default=Path("results/lm_eval.json"), help="JSON file (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    options.add_seed_argument(parser)
     return parser
 
 

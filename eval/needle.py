@@ -224,8 +224,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = commands.Parser("needle", __doc__)
     options.add_run_arguments(parser, "needle", lengths=[1024, 2048, 4096])
     add_text_arguments(parser)
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
-    parser.add_argument("--trials", type=int, default=2, help="prompts per length, depth and placement")
+    parser.add_argument(
+        "--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument("--trials", type=int, default=2, help="prompts per length, depth and placement (default: %(default)s)")
     return parser
 
 

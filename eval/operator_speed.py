@@ -192,9 +192,9 @@ def add_tensor_arguments(parser: argparse.ArgumentParser) -> None:
     """Heads, device and dtype of random tensors, and the backend that works on them."""
     parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_device_argument(parser)
     parser.add_argument("--dtype", choices=sorted(models.DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"])
+    parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"], help="(default: %(default)s)")
 
 
 def check_tensor_arguments(args: argparse.Namespace) -> None:
@@ -223,11 +223,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = commands.Parser("operator_speed", __doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens (default: %(default)s)")
     parser.add_argument("--densities", type=float, nargs="+", help="one per length; default: as published for the length")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64], help="channels per head (default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="rows (default: %(default)s)")
     parser.add_argument("--dense-tail-blocks", type=int, default=2, help="query blocks in full (default: %(default)s)")
     parser.add_argument(
-        "--selectors", nargs="+", choices=KERNEL_SELECTORS, default=[FlashPrefillConfig().selector, "flashprefill"]
+        "--selectors",
+        nargs="+",
+        choices=KERNEL_SELECTORS,
+        default=[FlashPrefillConfig().selector, "flashprefill"],
+        help="rules whose stages are timed (default: %(default)s)",
     )
     parser.add_argument(
         "--pool-size",
@@ -250,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--audit-rows", type=int, default=0, help="time the audit of this many rows, too (default: none)")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: cuDNN and flash on a GPU, sdpa on a CPU")
-    parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations")
+    parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=FILE.py", help="other implementations (default: none)")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of this repository")
     add_tensor_arguments(parser)
     parser.add_argument("--portable", action="store_true", help="use the portable Triton kernels on Hopper, too")

@@ -23,9 +23,18 @@ from hf_flashprefill import FlashPrefillConfig
 LONGEST = 1 << 24
 
 
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="(default: cuda where there is a GPU, else cpu)")
+
+
+def add_seed_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: %(default)s)")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=str(BUNDLED_MODEL), help="hub id, folder or shape:NAME (default: the bundled model)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
@@ -51,7 +60,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True,
         "--config", type=Path, metavar="FILE", help="JSON file of FlashPrefillConfig's fields, such as eval.calibrate writes"
     )
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of FlashPrefillConfig, values as in JSON"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="other fields of FlashPrefillConfig, values as in JSON (default: none)",
     )
 
 
@@ -88,7 +101,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, harness: str, lengths: Se
     parser.add_argument("--lengths", type=int, nargs="+", default=list(lengths), help="tokens (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="quick look: at most this many prompts of each kind and length")
     parser.add_argument("--output", type=Path, default=Path(f"results/{harness}.json"), help="JSON file (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_seed_argument(parser)
 
 
 def check_run_arguments(args: argparse.Namespace, shortest: int = 1) -> FlashPrefillConfig:

@@ -200,7 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--join", action="store_true", help="join the documents into one, for data sets of short ones")
     parser.add_argument("--documents", type=int, default=4, help="per length (default: %(default)s)")
     parser.add_argument("--continuation", type=int, default=512, help="tokens scored after the prefill (default: %(default)s)")
-    parser.add_argument("--buckets", type=int, default=8, help="parts of the prompt in the table by position")
+    parser.add_argument("--buckets", type=int, default=8, help="parts of a prompt, by position (default: %(default)s)")
     return parser
 
 

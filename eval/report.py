@@ -9,6 +9,7 @@ other uses, in a folder beside it.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import io
@@ -286,11 +287,15 @@ def page(paths: list[Path]) -> tuple[str, dict[str, bytes]]:
     return text, files
 
 
-def main(argv: list[str]) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = commands.Parser("report", __doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="JSON files of the harnesses")
     parser.add_argument("--output", type=Path, default=Path("results/report.html"), help="(default: %(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
     if args.output.suffix != ".html":
         raise commands.UsageError(f"--output must end in .html, got {args.output}")
     options.check_writable(args.output)

@@ -128,7 +128,7 @@ def table(record: dict) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = commands.Parser("vllm_ttft", __doc__)
     options.add_config_arguments(parser, min_seq_len=FlashPrefillConfig().min_seq_len)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b", help="default: %(default)s")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b", help="of the weights (default: %(default)s)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072], help="tokens (default: %(default)s)")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192, 0], help="tokens a step, 0: all (default: %(default)s)")
     parser.add_argument("--density", default="published", help="a number, or the papers' at each length (default: %(default)s)")

@@ -1,5 +1,7 @@
 """Mistakes in a command's options: one line that names the option, status 2, no work, and nothing written."""
 
+import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +28,7 @@ from eval import (
 from eval.runner import PartialRun
 from eval.train_recall import __main__ as train_recall
 from hf_flashprefill import functional
+from tests.parsers import all_commands, parser_of
 
 # Those that write a JSON file.
 HARNESSES = [needle, recall, perplexity, ruler, lm_eval_adapter, selection, calibrate]
@@ -49,6 +52,23 @@ def refusal(monkeypatch, capsys, tmp_path):
         return line
 
     return refused
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_every_default_is_in_the_help(command):
+    parser = parser_of(command)
+    assert parser.prog == f"python -m {command}"
+    assert "(default: " in parser.format_help()
+    untold = (None, False, argparse.SUPPRESS)
+    for option in parser._actions:
+        # By identity: 0 is a default as well.
+        if not any(option.default is nothing for nothing in untold):
+            assert re.search(r"\(default: [^)]+", option.help or ""), option.option_strings
+
+
+def test_every_harness_is_a_command():
+    names = {harness.__name__ for harness in HARNESSES} | {"eval.report", "eval.train_recall"}
+    assert {command for command in all_commands() if command.startswith("eval.")} == names
 
 
 @harnesses

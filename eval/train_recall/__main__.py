@@ -48,24 +48,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser = commands.Parser("train_recall", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for weights, tokenizer and model card")
     parser.add_argument("--init", type=Path, help="folder of a model to go on with, instead of starting from nothing")
-    parser.add_argument("--packages", nargs="*", default=[], help="installed packages whose sources are trained on as well")
+    parser.add_argument("--packages", nargs="*", default=[], help="installed packages to train on, too (default: none)")
     parser.add_argument(
-        "--stages", type=parse_stages, default="1024:500,4096:250,16384:350,32768:350,65536:60", help="WINDOW:STEPS,..."
+        "--stages",
+        type=parse_stages,
+        default="1024:500,4096:250,16384:350,32768:350,65536:60",
+        help="WINDOW:STEPS,... (default: %(default)s)",
     )
-    parser.add_argument("--minutes", type=float, default=15, help="stop after this long, whatever is left of the stages")
-    parser.add_argument("--tokens-per-step", type=int, default=262144)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--intermediate-size", type=int, default=640)
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--recall-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
-    parser.add_argument("--recall-prompts", type=int, default=200, help="questions per length and depth")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--minutes", type=float, default=15, help="stop then, whatever is left of the stages (default: %(default)s)"
+    )
+    parser.add_argument("--tokens-per-step", type=int, default=262144, help="in all windows of a step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its highest (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=256, help="channels (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="(default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="key-value heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=64, help="channels per head (default: %(default)s)")
+    parser.add_argument("--intermediate-size", type=int, default=640, help="channels of the MLP (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens (default: %(default)s)")
+    lengths = [1024, 2048, 4096, 8192, 16384, 32768]
+    parser.add_argument("--recall-lengths", type=int, nargs="+", default=lengths, help="tokens (default: %(default)s)")
+    parser.add_argument("--recall-prompts", type=int, default=200, help="questions per length and depth (default: %(default)s)")
+    options.add_seed_argument(parser)
+    options.add_device_argument(parser)
     return parser
 
 

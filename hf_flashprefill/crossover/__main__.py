@@ -37,8 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=int, required=True, help="query heads")
     parser.add_argument("--kv-heads", type=int, required=True, help="key-value heads")
     parser.add_argument("--head-dim", type=int, required=True, help="channels per head")
-    parser.add_argument("--selector", choices=SELECTORS, default=FlashPrefillConfig().selector)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--selector", choices=SELECTORS, default=FlashPrefillConfig().selector, help="(default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="(default: cuda where there is a GPU, else cpu)")
     parser.add_argument("--dtype", choices=sorted(DTYPE_NAMES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--max-seq-len", type=int, help="tokens (default: 65536 on a GPU, 16384 on a CPU; chunks: 4 times)")
     parser.add_argument("--query-len", type=int, help="tokens: time chunks of so many queries and keep nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -16,13 +17,21 @@ from .situations import SITUATIONS
 from .table import render
 
 
-def main(arguments: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m hf_flashprefill.support", description=__doc__)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
-    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), metavar="BASE")
-    parser.add_argument("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS), metavar="SITUATION")
+    every = "(default: all)"
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY", help=every)
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), metavar="BASE", help=every)
+    parser.add_argument(
+        "--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS), metavar="SITUATION", help=every
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes half of the time")
     parser.add_argument("--output", type=Path, help="Markdown file to write (default: print it)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
     options = parser.parse_args(arguments)
     if options.output is not None:
         try:
