@@ -1,11 +1,13 @@
 """The README's Python blocks are run in order, in one namespace, and its links point at something."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from hf_flashprefill.compiled_counts import DENSE_REASONS
+from tests.parsers import parser_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,13 +47,41 @@ def test_links_lead_somewhere(page):
         assert not heading or heading in headings(target), link
 
 
-COMMANDS = {command for page in PAGES for command in re.findall(r"python -m (eval\.\w+)", page.read_text(encoding="utf-8"))}
+# Of a command that stands in a sentence or in a block of shell.
+COMMAND = re.compile(r"python -m ((?:eval|hf_flashprefill)\.[a-z_]+)(.*)")
+BLOCK = re.compile(r"^```.*?^```|^    .*?$", flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_commands_exist(command):
-    path = ROOT / command.replace(".", "/")
-    assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+def documented_commands(page: Path) -> list[tuple[str, str]]:
+    """Module and arguments of every command on a page."""
+    text = page.read_text(encoding="utf-8")
+    blocks, prose = re.findall(BLOCK, text), re.sub(BLOCK, "", text)
+    # Code in a sentence may go on in the next line.
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    return [match.groups() for line in lines for match in COMMAND.finditer(line)]
+
+
+COMMANDS = sorted({command for page in PAGES for command in documented_commands(page)})
+
+
+def test_commands_are_found():
+    """All that are there: in blocks, in tables, and in sentences over two lines."""
+    mentioned = re.compile(r"python\s+-m\s+(?:eval|hf_flashprefill)\.[a-z]")
+    for page in PAGES:
+        assert len(documented_commands(page)) == len(mentioned.findall(page.read_text(encoding="utf-8"))), page.name
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize(("module", "arguments"), COMMANDS, ids=lambda text: text.strip())
+def test_commands_parse(module, arguments):
+    parser = parser_of(module)
+    assert parser is not None
+    words = shlex.split(arguments, comments=True)
+    # A command without any is only named: some have options that must be there.
+    if words and "..." not in arguments:
+        # Words in capitals stand for something of the reader's; 1 is a name as well as a number.
+        parser.parse_args(["1" if re.fullmatch("[A-Z]+", word) else word for word in words])
 
 
 def test_every_dense_reason_is_explained():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parsers import parser_of
+
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
@@ -31,7 +33,7 @@ def test_stored_without_outputs_and_links_lead_somewhere(name):
             for link in re.findall(r"\]\(([^)]+)\)", cell.source):
                 assert (FOLDER / link).exists(), link
             for command in re.findall(r"python -m (eval\.\w+)", cell.source):
-                assert (ROOT / (command.replace(".", "/") + ".py")).exists(), command
+                assert parser_of(command), command
 
 
 @pytest.mark.parametrize("name", NAMES)

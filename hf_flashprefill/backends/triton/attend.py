@@ -295,8 +295,8 @@ def _attend_kernel(
         if MAY_REPEAT:
             # What is not finite anywhere makes a sum of zeros NaN.
             is_finite = (tl.sum(accumulator * 0.0, 1) == 0) & (total < LARGEST_TOTAL)
-            # As a matrix of one row: triton 3.6 and 3.7 fail to compile a minimum over the rows' flags themselves, which come out
-            # of tensor memory, for compute capability 10.
+            # As a matrix of one row: for compute capability 10 triton 3.6 and 3.7 cannot compile a minimum over the rows' flags
+            # themselves, which come out of tensor memory.
             if tl.sum(tl.min((is_finite | (is_query == 0)).to(tl.int32)[None, :], 1), 0) == 0:
                 total, accumulator = _attend(
                     queries, positions, place, pointers, strides, scale_log2, sliding_window, True, GROUP, HEAD_DIM, BLOCK_D,
