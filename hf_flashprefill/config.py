@@ -20,19 +20,6 @@ POOL_SIZES = (4, 8, 16, 32)
 QUERY_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 CHOICES = {"block_size": BLOCK_SIZES, "pool_size": POOL_SIZES, "query_stride": QUERY_STRIDES, "mean_blocks": MEAN_BLOCKS}
 AUTO = "auto"
-# What "blend" multiplies the geometric mean of a block's shares with; the larger of that and the largest share is compared with
-# alpha. The largest is for what one query alone needs, the mean for what all look at a little.
-MEAN_WEIGHT = 16.0
-# The finer probes multiply integers. Largest magnitudes of a query's, of a pooled key's difference from the mean of its block,
-# with room for that mean's rounding, and of the mean, with room for its two bytes' rounding.
-QUERY_LEVELS, KEY_LEVELS, CENTRE_LEVELS = 127, 126, 32000
-# Of every so many neighbouring pooled keys of a block the largest logit counts in a query's normaliser. What the others add is
-# reckoned from the block's mean, which saves three exponentials of four: with all of them the probe took half as long again at
-# 256K tokens, and with one for each block alone a trained model needed half as many blocks again for the same answers
-# (benchmarks/results/integers-2026-11-29-h200.txt).
-NORMALISER_GROUP = 4
-# By which integers are multiplied at least: what is smaller counts as zero.
-SMALLEST_STEP = 2.0**-100
 
 # What None stands for in these fields. The published method keeps 256 tokens of sinks and 512 of window and has no correction
 # (arXiv 2603.06199, Table 9). The finer probes find by themselves what matters there; at 32K tokens the correction lowered the

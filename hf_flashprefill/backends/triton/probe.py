@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...config import NORMALISER_GROUP
 from ...geometry import PrefillGeometry
+from ...quantisation import NORMALISER_GROUP
 from .pool import TILE, PooledKeys, centre_tiles
 from .primitives import compute_capability, integer_queries, launch_context, padded_head_dim, row_span
 from .tuning import Part, ProbeTiles, probe_tiles

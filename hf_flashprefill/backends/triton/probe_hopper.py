@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...config import NORMALISER_GROUP
+from ...quantisation import NORMALISER_GROUP
 from .hopper_primitives import copy_to_shared, integer_queries, make_barriers, not_before, row_span, shared_layout
 from .pool import TILE
 from .primitives import launch_context

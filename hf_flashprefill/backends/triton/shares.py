@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ...block_index import BlockIndex
-from ...config import MEAN_WEIGHT
 from ...geometry import PrefillGeometry
+from ...quantisation import MEAN_WEIGHT
 from . import probe
 from .longest import longest_queries
 from .pool import TILE, PooledKeys
