@@ -170,7 +170,7 @@ def _reduce(
         "query_len",
         "query_offset",
         "first_query_block",
-        "tiles",
+        "query_blocks",
         "first_part",
         "splits",
         "parts",
@@ -193,7 +193,7 @@ def _probe_kernel(
     query_len,
     query_offset,
     first_query_block,
-    tiles,
+    query_blocks,
     first_part,
     splits,
     parts,
@@ -225,23 +225,24 @@ def _probe_kernel(
     number = tl.num_programs(1) - 1 - tl.program_id(1)
     number, split = number // splits, number % splits
     heads = tl.num_programs(0) * HEADS
-    first_head, first_tile = head_set * HEADS, (first_part + number) * QUERY_BLOCKS
+    # The block is counted from first_query_block.
+    first_head, first_block = head_set * HEADS, (first_part + number) * QUERY_BLOCKS
     key_head = first_head // GROUP
     start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
-    first_own = query_begin // BLOCK + first_query_block + first_tile
+    first_own = query_begin // BLOCK + first_query_block + first_block
     part = (batch * parts + number) * tl.num_programs(0) + head_set
     peaks_ptr += part.to(tl.int64) * score_tiles * (ROWS * TILE_BLOCKS)
     log_sums_ptr += (part * splits + split) * ROWS
 
     row = tl.arange(0, ROWS)
-    tile = row // (SLOTS * HEADS)
+    query_block = row // (SLOTS * HEADS)
     head = first_head + row // SLOTS % HEADS
-    is_row = (tile < QUERY_BLOCKS) & (first_tile + tile < tiles)
+    is_row = (query_block < QUERY_BLOCKS) & (first_block + query_block < query_blocks)
     if STRIDE == 1:
-        position = (first_own + tile) * BLOCK + row % SLOTS
+        position = (first_own + query_block) * BLOCK + row % SLOTS
         is_probe = is_row & (position >= query_begin) & (position < query_end)
     else:
-        run = ((batch * heads + head).to(tl.int64) * tiles + first_tile + tile) * SLOTS + row % SLOTS
+        run = ((batch * heads + head).to(tl.int64) * query_blocks + first_block + query_block) * SLOTS + row % SLOTS
         position = tl.load(positions_ptr + run, mask=is_row, other=-1)
         is_probe = position >= 0
     channels = tl.arange(0, BLOCK_D)
@@ -269,7 +270,7 @@ def _probe_kernel(
     # A finite start keeps queries that have seen nothing yet free of inf - inf.
     running_max = tl.full((ROWS, 4), -1e30, tl.float32)
     running_sum = tl.zeros((ROWS, 4), tl.float32)
-    last_own = first_own + tl.minimum(QUERY_BLOCKS, tiles - first_tile) - 1
+    last_own = first_own + tl.minimum(QUERY_BLOCKS, query_blocks - first_block) - 1
     last_own = tl.minimum(last_own, tl.cdiv(query_end, BLOCK) - 1)
     # Tiles before the first query block are seen whole by every query. A program behind the row's last query has none.
     total = tl.where(last_own >= first_own, last_own // TILE_BLOCKS + 1, 0)

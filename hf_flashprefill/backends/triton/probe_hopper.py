@@ -5,12 +5,12 @@ warpgroups, 64 probing queries each, multiply a tile on the tensor cores and red
 once: a product of fewer columns would wait for its queries. Each warpgroup waits for its own products before it reduces them,
 which leaves the registers for a fourth.
 
-Most of the time is the tensor cores': at 128K tokens the selection takes 2.61 ms, and 2.09 if the probe multiplies everything
-but reduces one tile in 64. In another process it takes 2.63, where each tile is loaded apart 2.74, and where maxima are found
-two at a time as well 2.82 (with this loop nested in one over barriers). Variants took as long or longer there: queries from
-registers, unrolled loops over tiles, all warpgroups in one partition; nor did it help the tiles loaded apart to have three
-warpgroups that also multiply the next tile beside each reduction, or tensor cores that serve one or two warpgroups at a time
-(H200, 32 query and 8 key-value heads, head_dim 128, bfloat16, benchmarks/results/probe-groups-2026-11-29-h200.txt).
+Tensor cores take most of the time: at 128K tokens the selection takes 2.61 ms, and 2.09 if the probe multiplies everything but
+reduces one tile in 64. In another process it takes 2.63 ms, with tiles loaded one at a time 2.74, and with maxima found two at
+a time as well 2.82 (with this loop nested in one over barriers). No gain came there from queries in registers, unrolled loops
+over tiles, or all warpgroups in one partition; nor, with tiles loaded one at a time, from three warpgroups that also multiply
+the next tile beside each reduction, or from tensor cores that serve one or two warpgroups at a time (H200, 32 query and 8
+key-value heads, head_dim 128, bfloat16, benchmarks/results/probe-groups-2026-11-29-h200.txt).
 """
 
 from __future__ import annotations
@@ -19,155 +19,18 @@ import torch
 from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...quantisation import NORMALISER_GROUP
 from .hopper_primitives import copy_to_shared, integer_queries, make_barriers, not_before, row_span, shared_layout
 from .pool import TILE
 from .primitives import launch_context
-from .probe import UNSEEN, ProbeCall
+from .probe import ProbeCall
+from .probe_hopper_steps import BUFFERS, ROWS, largest_of_groups, next_products, reduce_tile, release, sums_of_bytes
 from .tuning import ProbeTiles
 
-# Probing queries of a warpgroup.
-_ROWS = gl.constexpr(64)
 _TILE = gl.constexpr(TILE)
 _WARPGROUPS = gl.constexpr(4)
-# Tiles of pooled keys in shared memory.
-_BUFFERS = gl.constexpr(8)
-_UNSEEN = gl.constexpr(UNSEEN)
-_NORMALISER_GROUP = gl.constexpr(NORMALISER_GROUP)
-
-
-@gluon.jit
-def _groups(products, PER_BLOCK: gl.constexpr):
-    """The largest product of every few neighbours: [rows, columns] -> [rows, blocks / 4, groups of a block, 4], see
-    ``pool.tile_column``."""
-    GROUP: gl.constexpr = min(_NORMALISER_GROUP, PER_BLOCK)
-    by_pair = products.reshape([_ROWS, _TILE // PER_BLOCK // 4, PER_BLOCK // GROUP, GROUP // 2, 4, 2])
-    # One reduction over all of a group: the compiler then sees twice as many of the maxima of three numbers that Hopper takes
-    # at once as where it finds the largest of each pair's largest.
-    by_group = by_pair.permute([0, 1, 2, 4, 3, 5]).reshape([_ROWS, _TILE // PER_BLOCK // 4, PER_BLOCK // GROUP, 4, GROUP])
-    return gl.max(by_group, 4)
-
-
-@gluon.jit
-def _sums_of_bytes(products):
-    """What a product with the two rows of bytes of every block's mean gives for the means, int32 [rows, blocks / 4, 4]."""
-    high, low = gl.split(products.reshape([_ROWS, products.shape[1] // 8, 4, 2]))
-    return high * 256 + low
-
-
-@gluon.jit
-def _multiply(integers, rows, zeros):
-    """Begin to multiply queries with the rows of a buffer."""
-    return warpgroup_mma(integers, rows.permute([1, 0]), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _next_products(
-    centre_products,
-    integers,
-    number,
-    buffers,
-    barriers,
-    steps_ptrs,
-    zeros,
-    centre_zeros,
-    TILE_BLOCKS: gl.constexpr,
-    CENTRE_TILES: gl.constexpr,
-):
-    """The products with the means of a few tiles' blocks, those with the ``number``-th tile, and the steps of its blocks."""
-    _, tiles, centres = buffers
-    full, _ = barriers
-    stage = number // CENTRE_TILES % centres.shape[0]
-    if number % CENTRE_TILES == 0:
-        mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
-        in_work = _multiply(integers, centres.index(stage), centre_zeros)
-        centre_products = _sums_of_bytes(warpgroup_mma_wait(0, deps=[in_work]))
-        # Again, or the compiler begins the next product before it has added up the means' bytes, and spills.
-        mbarrier.wait(full.index(stage), (number // _BUFFERS) & 1)
-    in_work = _multiply(integers, tiles.index(number % _BUFFERS), zeros)
-    steps = gl.load(steps_ptrs + number * TILE_BLOCKS)
-    return centre_products, warpgroup_mma_wait(0, deps=[in_work]), steps
-
-
-@gluon.jit
-def _release(empty, number, CENTRE_TILES: gl.constexpr):
-    """After the last of the tiles that were loaded together: others may take their place."""
-    if number % CENTRE_TILES == CENTRE_TILES - 1:
-        mbarrier.arrive(empty.index(number // CENTRE_TILES % (_BUFFERS // CENTRE_TILES)), count=1)
-
-
-@gluon.jit
-def _of_tile(centre_products, number, FOURS: gl.constexpr, layout: gl.constexpr):
-    """The products with the means of the blocks of a tile, ``number`` of those that stand together."""
-    TILES: gl.constexpr = centre_products.shape[1] // FOURS
-    if TILES == 1:
-        return gl.convert_layout(centre_products, layout)
-    by_tile = centre_products.reshape([_ROWS, TILES, FOURS, 4])
-    tiles: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, by_tile.type.layout)))
-    is_tile = (gl.arange(0, TILES, layout=tiles) == number)[None, :, None, None]
-    return gl.convert_layout(gl.sum(gl.where(is_tile, by_tile, 0), 1), layout)
-
-
-@gluon.jit
-def _reduce(
-    products,
-    centre_products,
-    of_centre,
-    running_max,
-    running_sum,
-    steps,
-    targets,
-    factors,
-    bounds,
-    number,
-    IS_WHOLE: gl.constexpr,
-    BLOCK: gl.constexpr,
-    POOL: gl.constexpr,
-):
-    """Reduce the products with a program's ``number``-th tile as ``probe._reduce`` does, the ``of_centre``-th of those whose
-    blocks' means are multiplied together. ``bounds``: where the last pooled key that a query sees begins, where keys end."""
-    PER_BLOCK: gl.constexpr = BLOCK // POOL
-    TILE_BLOCKS: gl.constexpr = _TILE // PER_BLOCK
-    block_layout: gl.constexpr = running_max.type.layout.parent
-    if not IS_WHOLE:
-        last_seen, key_end = bounds
-        first_of_tile = number * (TILE_BLOCKS * BLOCK)
-        # Both sides of comparisons less what a thread adds to all of its columns: the left ones are constants then.
-        column = gl.arange(0, _TILE, layout=gl.SliceLayout(0, products.type.layout))
-        first_token = column // (4 * PER_BLOCK) * (4 * BLOCK) + (column // 8 % (PER_BLOCK // 2) * 2 + column % 2) * POOL
-        last_first = (last_seen - first_of_tile)[:, None] - (column // 2 % 4 * BLOCK)[None, :]
-        products = gl.where(first_token[None, :] <= last_first, products, _UNSEEN)
-    groups = _groups(products, PER_BLOCK)
-    largest = gl.max(groups, 2)
-    of_tile = _of_tile(centre_products, of_centre, TILE_BLOCKS // 4, block_layout)
-    factors = factors[:, None, None] * steps[None, :, :]
-    peaks = (largest + of_tile).to(gl.float32) * factors
-    if not IS_WHOLE:
-        peaks = gl.where(largest == _UNSEEN, float("-inf"), peaks)
-    new_max = gl.maximum(running_max, gl.max(peaks, 1))
-    centres = of_tile.to(gl.float32) * factors - new_max[:, None, :]
-    exponents = groups.to(gl.float32) * factors[:, :, None, :] + centres[:, :, None, :]
-    if not IS_WHOLE:
-        exponents = gl.where(groups == _UNSEEN, float("-inf"), exponents)
-        fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, block_layout)))
-        slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, block_layout)))
-        seen_tokens = gl.convert_layout(last_seen, gl.SliceLayout(1, gl.SliceLayout(2, block_layout))) - first_of_tile + POOL
-        seen_tokens = gl.minimum(seen_tokens, key_end - first_of_tile)
-        last_end = seen_tokens[:, None, None] - (slot * BLOCK)[None, None, :]
-        is_full = ((fours * 4 + 1) * BLOCK)[None, :, None] <= last_end
-        centres = gl.where(is_full, centres, float("-inf"))
-    terms = gl.sum(gl.exp2(exponents), 2) + (PER_BLOCK - groups.shape[2]) * gl.exp2(centres)
-    running_sum = running_sum * gl.exp2(running_max - new_max) + gl.sum(terms, 1)
-    gl.store(targets + number * (_ROWS * TILE_BLOCKS), peaks)
-    return new_max, running_sum
 
 
 @gluon.jit
@@ -187,7 +50,7 @@ def _probe(
     _, empty = barriers
     query_ptr, positions_ptr, steps_ptr, peaks_ptr, log_sums_ptr = pointers
     stride_h, stride_s = strides
-    first_token, first_tile, query_tiles, key_end = place
+    first_token, first_block, query_blocks, key_end = place
     begin, whole, total, first_part, head_sets, part_size, split, splits = work
     HEAD_DIM: gl.constexpr = tiles.shape[2]
     PER_BLOCK: gl.constexpr = BLOCK // POOL
@@ -198,16 +61,16 @@ def _probe(
     centre_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CENTRES, 32])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     part = first_part + warpgroup * head_sets
-    log_sums_ptr += (part * splits + split) * _ROWS
+    log_sums_ptr += (part * splits + split) * ROWS
     # A row without queries or keys: it adds nothing to the normalisers of other splits; alone, it must give no block a share.
-    nothing = gl.full([_ROWS], 0.0, gl.float32, row_layout) + gl.where(splits == 1, float("inf"), float("-inf"))
+    nothing = gl.full([ROWS], 0.0, gl.float32, row_layout) + gl.where(splits == 1, float("inf"), float("-inf"))
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
     if total > 0:
-        tile = first_tile + warpgroup * QUERY_BLOCKS
-        row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, load_layout))
-        run = (row // SLOTS % HEADS * query_tiles + tile + row // (SLOTS * HEADS)) * SLOTS + row % SLOTS
-        is_row = (row < QUERY_BLOCKS * HEADS * SLOTS) & (tile + row // (SLOTS * HEADS) < query_tiles)
+        query_block = first_block + warpgroup * QUERY_BLOCKS
+        row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, load_layout))
+        run = (row // SLOTS % HEADS * query_blocks + query_block + row // (SLOTS * HEADS)) * SLOTS + row % SLOTS
+        is_row = (row < QUERY_BLOCKS * HEADS * SLOTS) & (query_block + row // (SLOTS * HEADS) < query_blocks)
         position = gl.load(positions_ptr + run, mask=is_row, other=-1)
         channel = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, load_layout))
         source = row // SLOTS % HEADS * stride_h + (first_token + position).to(gl.int64) * stride_s
@@ -223,43 +86,43 @@ def _probe(
         last_seen = gl.where(position + 1 == key_end, position, position - (POOL - 1)) - first_token_of_split
         bounds = (last_seen, key_end - first_token_of_split)
 
-        zeros = gl.zeros([_ROWS, _TILE], gl.int32, layout)
-        centre_zeros = gl.zeros([_ROWS, CENTRES], gl.int32, centre_layout)
-        block_layout: gl.constexpr = gl.max(_groups(zeros, PER_BLOCK), 2).type.layout
+        zeros = gl.zeros([ROWS, _TILE], gl.int32, layout)
+        centre_zeros = gl.zeros([ROWS, CENTRES], gl.int32, centre_layout)
+        block_layout: gl.constexpr = gl.max(largest_of_groups(zeros, PER_BLOCK), 2).type.layout
         state_layout: gl.constexpr = gl.SliceLayout(1, block_layout)
         # A finite start keeps queries that have seen nothing yet free of inf - inf.
-        running_max = gl.full([_ROWS, 4], -1e30, gl.float32, state_layout)
-        running_sum = gl.zeros([_ROWS, 4], gl.float32, state_layout)
+        running_max = gl.full([ROWS, 4], -1e30, gl.float32, state_layout)
+        running_sum = gl.zeros([ROWS, 4], gl.float32, state_layout)
         factors = gl.convert_layout(factors * scale_log2, gl.SliceLayout(1, gl.SliceLayout(2, block_layout)))
-        target_row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, block_layout)))
+        target_row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, block_layout)))
         fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, block_layout)))
         slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, block_layout)))
-        targets = peaks_ptr + part.to(gl.int64) * part_size + begin * (_ROWS * TILE_BLOCKS)
+        targets = peaks_ptr + part.to(gl.int64) * part_size + begin * (ROWS * TILE_BLOCKS)
         targets += target_row[:, None, None] * TILE_BLOCKS + fours[None, :, None] * 4 + slot[None, None, :]
         step_fours = gl.arange(0, TILE_BLOCKS // 4, layout=gl.SliceLayout(1, gl.SliceLayout(0, block_layout)))
         step_slot = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(0, block_layout)))
         steps_ptrs = steps_ptr + begin * TILE_BLOCKS + step_fours[:, None] * 4 + step_slot[None, :]
 
-        centre_state: gl.constexpr = _sums_of_bytes(centre_zeros).type.layout
-        centre_products = gl.zeros([_ROWS, CENTRES // 8, 4], gl.int32, centre_state)
+        centre_state: gl.constexpr = sums_of_bytes(centre_zeros).type.layout
+        centre_products = gl.zeros([ROWS, CENTRES // 8, 4], gl.int32, centre_state)
         for number in range(whole):
-            centre_products, products, steps = _next_products(
+            centre_products, products, steps = next_products(
                 centre_products, integers, number, buffers, barriers, steps_ptrs, zeros, centre_zeros, TILE_BLOCKS, CENTRE_TILES
             )
-            running_max, running_sum = _reduce(
+            running_max, running_sum = reduce_tile(
                 products, centre_products, number % CENTRE_TILES, running_max, running_sum, steps, targets, factors, bounds,
                 number, True, BLOCK, POOL,
             )  # fmt: skip
-            _release(empty, number, CENTRE_TILES)
+            release(empty, number, CENTRE_TILES)
         for number in range(whole, total):
-            centre_products, products, steps = _next_products(
+            centre_products, products, steps = next_products(
                 centre_products, integers, number, buffers, barriers, steps_ptrs, zeros, centre_zeros, TILE_BLOCKS, CENTRE_TILES
             )
-            running_max, running_sum = _reduce(
+            running_max, running_sum = reduce_tile(
                 products, centre_products, number % CENTRE_TILES, running_max, running_sum, steps, targets, factors, bounds,
                 number, False, BLOCK, POOL,
             )  # fmt: skip
-            _release(empty, number, CENTRE_TILES)
+            release(empty, number, CENTRE_TILES)
 
         largest = gl.max(running_max, 1)
         normaliser = gl.sum(running_sum * gl.exp2(running_max - largest[:, None]), 1)
@@ -272,7 +135,7 @@ def _probe(
     else:
         log_sum = nothing
     # Anew: kept through the loop they were spilled.
-    gl.store(log_sums_ptr + not_before(gl.arange(0, _ROWS, layout=row_layout)), log_sum)
+    gl.store(log_sums_ptr + not_before(gl.arange(0, ROWS, layout=row_layout)), log_sum)
 
 
 @gluon.jit
@@ -300,7 +163,7 @@ def _load(loaded, CENTRE_TILES: gl.constexpr):
         "query_len",
         "query_offset",
         "first_query_block",
-        "tiles",
+        "query_blocks",
         "first_part",
         "splits",
         "parts",
@@ -322,7 +185,7 @@ def _probe_hopper_kernel(
     query_len,
     query_offset,
     first_query_block,
-    tiles,
+    query_blocks,
     first_part,
     splits,
     parts,
@@ -344,7 +207,7 @@ def _probe_hopper_kernel(
 ):
     """One program: WARPGROUPS neighbouring parts against one of ``splits`` parts of their keys."""
     TILE_BLOCKS: gl.constexpr = _TILE * POOL // BLOCK
-    STAGES: gl.constexpr = _BUFFERS // CENTRE_TILES
+    STAGES: gl.constexpr = BUFFERS // CENTRE_TILES
     SLOTS: gl.constexpr = BLOCK // STRIDE
     head_set, batch = gl.program_id(0), gl.program_id(2)
     head_sets = gl.num_programs(0)
@@ -353,9 +216,10 @@ def _probe_hopper_kernel(
     split = number % splits
     number = number // splits
     start, query_begin, query_end, key_end = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
-    first_tile = (first_part + number * _WARPGROUPS) * QUERY_BLOCKS
-    first_own = query_begin // BLOCK + first_query_block + first_tile
-    last_own = first_own + gl.minimum(_WARPGROUPS * QUERY_BLOCKS, tiles - first_tile) - 1
+    # Counted from first_query_block.
+    first_block = (first_part + number * _WARPGROUPS) * QUERY_BLOCKS
+    first_own = query_begin // BLOCK + first_query_block + first_block
+    last_own = first_own + gl.minimum(_WARPGROUPS * QUERY_BLOCKS, query_blocks - first_block) - 1
     last_own = gl.minimum(last_own, gl.cdiv(query_end, BLOCK) - 1)
     is_empty = (last_own < first_own) | (query_end <= query_begin)
     # Tiles before the first query block are seen whole by every query.
@@ -365,16 +229,16 @@ def _probe_hopper_kernel(
     total = gl.minimum(groups * (split + 1) // splits * CENTRE_TILES, tiles_in_all) - begin
     whole = gl.minimum(gl.maximum(first_own // TILE_BLOCKS - begin, 0), total)
 
-    # Tiles of queries are swizzled like those of pooled keys.
-    queries = gl.allocate_shared_memory(gl.int8, [_WARPGROUPS, _ROWS, HEAD_DIM], tiles_desc.layout)
-    pooled_tiles = gl.allocate_shared_memory(gl.int8, [_BUFFERS, _TILE, HEAD_DIM], tiles_desc.layout)
+    # Queries are swizzled like tiles of pooled keys.
+    queries = gl.allocate_shared_memory(gl.int8, [_WARPGROUPS, ROWS, HEAD_DIM], tiles_desc.layout)
+    pooled_tiles = gl.allocate_shared_memory(gl.int8, [BUFFERS, _TILE, HEAD_DIM], tiles_desc.layout)
     centres = gl.allocate_shared_memory(gl.int8, [STAGES, 2 * CENTRE_TILES * TILE_BLOCKS, HEAD_DIM], centres_desc.layout)
     barriers = (make_barriers(STAGES, 1), make_barriers(STAGES, _WARPGROUPS))
     fence_async_shared()
 
     heads = head_sets * HEADS
     key_row = batch * (heads // GROUP) + head_set * HEADS // GROUP
-    list_row = (batch * heads + head_set * HEADS).to(gl.int64) * tiles
+    list_row = (batch * heads + head_set * HEADS).to(gl.int64) * query_blocks
     pointers = (
         query_ptr + batch * stride_qb + head_set * HEADS * stride_qh,
         positions_ptr + list_row * SLOTS,
@@ -382,9 +246,9 @@ def _probe_hopper_kernel(
         peaks_ptr,
         log_sums_ptr,
     )
-    place = (start - query_offset, first_tile, tiles, key_end)
+    place = (start - query_offset, first_block, query_blocks, key_end)
     program_part = (batch * parts + number * _WARPGROUPS) * head_sets + head_set
-    work = (begin, whole, total, program_part, head_sets, score_tiles * (_ROWS * TILE_BLOCKS), split, splits)
+    work = (begin, whole, total, program_part, head_sets, score_tiles * (ROWS * TILE_BLOCKS), split, splits)
     shared = ((queries, pooled_tiles, centres), barriers, pointers, (stride_qh, stride_qs), place, work, scale_log2)
     first_centre = (key_row * (pooled_rows // _TILE) + begin) * (2 * TILE_BLOCKS)
     first_row = key_row * pooled_rows + begin * _TILE
@@ -406,12 +270,12 @@ def _probe_hopper_kernel(
 def fits(query: torch.Tensor, block_size: int, query_stride: int) -> bool:
     """Whether this kernel can probe for such queries: 16-bit, head_dim 64 or 128, at most 64 probing queries in a block."""
     is_16_bit = query.dtype != torch.float32
-    return is_16_bit and query.shape[-1] in (64, 128) and query_stride > 1 and block_size // query_stride <= _ROWS.value
+    return is_16_bit and query.shape[-1] in (64, 128) and query_stride > 1 and block_size // query_stride <= ROWS.value
 
 
 def tiles_for(query: torch.Tensor) -> ProbeTiles:
     """A part for each warpgroup."""
-    return ProbeTiles(_ROWS.value, parts=_WARPGROUPS.value, resident=1, num_warps=4, num_stages=1)
+    return ProbeTiles(ROWS.value, parts=_WARPGROUPS.value, resident=1, num_warps=4)
 
 
 def probe_parts(call: ProbeCall, first_part: int, count: int, splits: int) -> None:

@@ -121,8 +121,8 @@ def _join_splits(log_sums_ptr, splits, ROWS: tl.constexpr, SLOTS: tl.constexpr):
         "query_len",
         "query_offset",
         "first_query_block",
-        "tiles",
-        "first_tile",
+        "query_blocks",
+        "first_block",
         "splits",
         "parts",
         "score_tiles",
@@ -143,8 +143,8 @@ def _list_shares_kernel(
     query_len,
     query_offset,
     first_query_block,
-    tiles,
-    first_tile,
+    query_blocks,
+    first_block,
     splits,
     parts,
     score_tiles,
@@ -169,8 +169,8 @@ def _list_shares_kernel(
     # The longest first, or the last to start would run alone.
     number = tl.num_programs(1) - 1 - tl.program_id(1)
     _, query_begin, query_end, _ = row_span(ranges_ptr, batch, query_offset, query_len, kv_len, HAS_RANGES)
-    own = query_begin // BLOCK + first_query_block + first_tile + number
-    list_row = (batch * tl.num_programs(0) + head).to(tl.int64) * tiles + first_tile + number
+    own = query_begin // BLOCK + first_query_block + first_block + number
+    list_row = (batch * tl.num_programs(0) + head).to(tl.int64) * query_blocks + first_block + number
     count = tl.zeros((1,), tl.int32)
     if (own * BLOCK < query_end) & (query_end > query_begin):
         part = (batch * parts + number // QUERY_BLOCKS) * (tl.num_programs(0) // HEADS) + head // HEADS
@@ -264,15 +264,15 @@ def select_shares(
         # Padded rows end in different launches, and must not leave the GPU half idle then.
         programs *= head_sets * (rows if geometry.valid_ranges is None else 1)
         at_once = tiles.resident * multiprocessors(query)
-        first_tile = first_part * part.query_blocks
-        last_tile = min(first_tile + count * part.query_blocks, query_blocks)
-        end_of_first = min(first_tile + tiles.parts * part.query_blocks, last_tile)
+        first_block = first_part * part.query_blocks
+        end_of_last = min(first_block + count * part.query_blocks, query_blocks)
+        end_of_first = min(first_block + tiles.parts * part.query_blocks, end_of_last)
         shortest = triton.cdiv(geometry.visible_blocks_bound(first_query_block + end_of_first - 1), tile_blocks)
-        longest = triton.cdiv(geometry.visible_blocks_bound(first_query_block + last_tile - 1), tile_blocks)
+        longest = triton.cdiv(geometry.visible_blocks_bound(first_query_block + end_of_last - 1), tile_blocks)
         splits = probe_splits(programs, at_once, shortest, longest)
         probing.probe_parts(call, first_part, count, splits)
         with launch_context(query):
-            _list_shares_kernel[heads, min(step * part.query_blocks, query_blocks - first_tile), batch](
+            _list_shares_kernel[heads, min(step * part.query_blocks, query_blocks - first_block), batch](
                 peaks,
                 log_sums,
                 geometry.valid_ranges,
@@ -284,7 +284,7 @@ def select_shares(
                 geometry.query_offset,
                 first_query_block,
                 query_blocks,
-                first_tile,
+                first_block,
                 splits,
                 step,
                 scores[1],

@@ -119,14 +119,14 @@ class Part(NamedTuple):
 
 
 class ProbeTiles(NamedTuple):
-    """Rows of a part, the parts of a program, programs that a multiprocessor holds at a time, their warps and pipeline stages,
-    and whether the copy engine loads the pooled keys."""
+    """Rows of a part, the parts of a program, programs that a multiprocessor holds at a time, and their warps; of the portable
+    kernel alone, the pipeline stages and whether the copy engine loads the pooled keys."""
 
     rows: int
     parts: int
     resident: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
     copy_engine: bool = False
 
 
