@@ -12,19 +12,14 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
-from . import attend
+from . import attend, hopper
 from .energy_lists import select_energies
 from .means import RunMeans, run_means
 from .output import new_output
 from .pool import PooledKeys, _pool_kernel, pool_keys, pool_keys_and_values, pooled_together, tokens_per_row
-from .primitives import is_hopper
 from .shares import select_shares
 
-try:
-    from . import attend_hopper
-except ImportError:
-    # Gluon is experimental in Triton and may move; the portable kernel computes the same.
-    attend_hopper = None
+attend_hopper = hopper.gluon_module("attend_hopper")
 
 __all__ = [
     "attend_blocks",
@@ -90,8 +85,7 @@ def attend_blocks(
 
     The further terms of the softmax are those of ``attend.attend_blocks``, of which the Hopper kernel lacks the window.
     """
-    has_kernel = attend_hopper is not None and is_hopper(query) and sliding_window is None
-    if has_kernel and attend_hopper.fits(query, key, value, index.geometry.block_size):
+    if sliding_window is None and hopper.takes(attend_hopper, query, key, value, index.geometry.block_size):
         attend_hopper.attend_blocks(query, key, value, index, scale=scale, output=output, sinks=sinks, means=means)
     else:
         attend.attend_blocks(

@@ -13,14 +13,10 @@ import triton.language as tl
 
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
-from . import energies
-from .primitives import append_kept, is_hopper, launch_context, padded_head_dim, row_span
+from . import energies, hopper
+from .primitives import append_kept, launch_context, padded_head_dim, row_span
 
-try:
-    from . import energies_hopper
-except ImportError:
-    # Gluon is experimental in Triton and may move; the portable kernel computes the same.
-    energies_hopper = None
+energies_hopper = hopper.gluon_module("energies_hopper")
 
 # Blocks that one step of a list looks at.
 BLOCK_LIST = 256
@@ -108,8 +104,7 @@ def _list_energies_kernel(
 
 def _scoring(query: torch.Tensor, block_size: int) -> ModuleType:
     """The module whose kernel scores blocks for such queries."""
-    has_kernel = energies_hopper is not None and is_hopper(query) and energies_hopper.fits(query, block_size)
-    return energies_hopper if has_kernel else energies
+    return energies_hopper if hopper.takes(energies_hopper, query, block_size) else energies
 
 
 def select_energies(

@@ -97,11 +97,6 @@ def compute_capability(tensor: torch.Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
 
 
-def is_hopper(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is on a GPU of the generation that the Gluon kernels are for; the interpreter runs none of them."""
-    return tensor.is_cuda and compute_capability(tensor)[0] == 9
-
-
 def multiprocessors(tensor: torch.Tensor) -> int:
     """Of the tensor's GPU; the interpreter has one."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -18,17 +18,13 @@ import triton.language as tl
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from ...quantisation import MEAN_WEIGHT
-from . import probe
+from . import hopper, probe
 from .longest import longest_queries
 from .pool import TILE, PooledKeys
-from .primitives import append_kept, is_hopper, launch_context, multiprocessors, row_span
+from .primitives import append_kept, launch_context, multiprocessors, row_span
 from .tuning import MAX_SPLITS, Part, probe_splits
 
-try:
-    from . import probe_hopper
-except ImportError:
-    # Gluon is experimental in Triton and may move; the portable kernel computes the same.
-    probe_hopper = None
+probe_hopper = hopper.gluon_module("probe_hopper")
 
 # Float32 scratch for the queries' logits per block, in bytes; query blocks beyond it wait for the next launch.
 PEAK_BYTES = 256 << 20
@@ -207,8 +203,7 @@ def _list_shares_kernel(
 
 def _probing(query: torch.Tensor, block_size: int, query_stride: int) -> ModuleType:
     """The module whose kernel probes for such queries."""
-    has_kernel = probe_hopper is not None and is_hopper(query) and probe_hopper.fits(query, block_size, query_stride)
-    return probe_hopper if has_kernel else probe
+    return probe_hopper if hopper.takes(probe_hopper, query, block_size, query_stride) else probe
 
 
 def select_shares(
