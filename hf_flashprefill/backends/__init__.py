@@ -1,1 +1,1 @@
-"""Implementations of pool, select and attend; each package offers the same three functions."""
+"""Implementations of the operator's stages; each package offers the same functions, triton also ``obstacle``."""

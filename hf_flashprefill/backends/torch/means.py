@@ -15,7 +15,7 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
     query block with number J reads r = (J - 1) % n: its first ceil(J / n) rows cover each block before J once.
 
     Args:
-        key_means: Of whole blocks, from ``pool_keys``: [B, Hkv, N, D].
+        key_means: Of whole blocks, from ``pool_keys_and_values``: [B, Hkv, N, D].
         value_means: The same of values.
         mean_blocks: Blocks n per mean.
 

@@ -1,4 +1,5 @@
-"""NVIDIA GPUs: portable Triton kernels, and a Gluon kernel for the attention itself on Hopper.
+"""NVIDIA GPUs: portable Triton kernels, and on Hopper Gluon kernels for the attention, the finer probe and the published
+rule's scores.
 
 Under ``TRITON_INTERPRET=1`` the portable kernels also run on CPU tensors, slowly.
 """
