@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .arithmetic import exact_arithmetic
 from .attention import dense_attention, dense_reason
 from .attention_mass import exact_shares, kept_shares, spread_positions
+from .checks import is_number
 from .config import FlashPrefillConfig
 from .fitting import UnsupportedModelError, layer_number
 from .functional import select_in_rounds
@@ -242,9 +243,9 @@ class _Measurement:
 
 
 def _checked_candidates(target: float, alphas: Sequence[float], rows: int) -> tuple[float, ...]:
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
+    if not is_number(target, (int, float)) or not 0 < target < 1:
         raise ValueError(f"target must be a number above 0 and below 1, got {target!r}")
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+    if not is_number(rows) or rows < 1:
         raise ValueError(f"rows must be a whole number >= 1, got {rows!r}")
     try:
         # The same checks as for an alpha.

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .checks import is_number
+
 SELECTORS = ("blend", "share", "peak", "flashprefill", "topk", "topp")
 # They sort each row of scores. No kernel does that: torch selects for them on every device, and only attention is fast.
 SORTING_SELECTORS = ("topk", "topp")
@@ -159,7 +161,7 @@ class FlashPrefillConfig:
 
 
 def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_number(value, numbers.Real):
         raise TypeError(f"{name} must be a number from 0 to 1, got {value!r}")
     if not (math.isfinite(value) and 0 <= value <= 1):
         raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
@@ -178,7 +180,7 @@ def _require_choice(name: str, value: Any, choices: tuple) -> None:
 
 
 def _integer_choice(name: str, value: Any, choices: tuple[int, ...]) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_number(value, numbers.Integral):
         raise TypeError(f"{name} must be one of {choices}, got {value!r}")
     _require_choice(name, value, choices)
     return int(value)
@@ -187,14 +189,14 @@ def _integer_choice(name: str, value: Any, choices: tuple[int, ...]) -> int:
 def _auto_or_integer(name: str, value: Any, least: int) -> int | str:
     if isinstance(value, str) and value == AUTO:
         return AUTO
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_number(value, numbers.Integral):
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f'{name} must be "{AUTO}" or a whole number >= {least}, got {value!r}')
     return _integer(name, value, least)
 
 
 def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_number(value, numbers.Integral):
         raise TypeError(f"{name} must hold whole numbers >= {least}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value!r}")

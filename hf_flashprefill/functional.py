@@ -12,6 +12,7 @@ import torch
 from . import reference
 from .arithmetic import exact_arithmetic
 from .block_index import BlockIndex
+from .checks import is_number
 from .config import SORTING_SELECTORS, FlashPrefillConfig
 from .geometry import PrefillGeometry
 from .kept_pools import KeptPools
@@ -279,7 +280,7 @@ def _checked_geometry(
         raise ValueError(f"key must hold at least the query's {query_len} tokens, got {kv_len}")
     if query_offset is None:
         query_offset = kv_len - query_len
-    elif isinstance(query_offset, bool) or not isinstance(query_offset, int):
+    elif not is_number(query_offset):
         raise TypeError(f"query_offset must be an int from 0 to {kv_len - query_len}, got {query_offset!r}")
     elif not 0 <= query_offset <= kv_len - query_len:
         raise ValueError(f"query_offset must be from 0 to {kv_len - query_len}, got {query_offset}")
@@ -297,7 +298,7 @@ def _checked_window(sliding_window: int | None, kv_len: int) -> int | None:
     """The window if it hides any key of the call."""
     if sliding_window is None:
         return None
-    if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
+    if not is_number(sliding_window):
         raise TypeError(f"sliding_window must be an int >= 1 or None, got {sliding_window!r}")
     if sliding_window < 1:
         raise ValueError(f"sliding_window must be >= 1, got {sliding_window}")
@@ -345,7 +346,7 @@ def _check_kept_pools(
 
 
 def _checked_scale(scale: float) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if not is_number(scale, (int, float)):
         raise TypeError(f"scale must be a finite number > 0, got {scale!r}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a finite number > 0, got {scale!r}")

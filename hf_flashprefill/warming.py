@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .checks import is_number
 from .config import AUTO, FlashPrefillConfig
 from .crossover import LayerShape, measure_crossover, min_seq_len_for
 from .crossover.known import known_crossover, rule_of
@@ -87,7 +88,7 @@ def warmup(model: nn.Module, max_seq_len: int | None = None, *, probe: bool = Tr
     config = patched_config(model)
     if config is None:
         raise ValueError(f"model must be patched, call patch_model first; got an unpatched {type(model).__name__}")
-    if max_seq_len is not None and (isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int) or max_seq_len < 1):
+    if max_seq_len is not None and (not is_number(max_seq_len) or max_seq_len < 1):
         raise ValueError(f"max_seq_len must be a whole number >= 1 tokens or None, got {max_seq_len!r}")
     layers = []
     for kind in dict.fromkeys(_layer_kinds(_SeamPart.of(model), config)):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ...checks import is_number
 from ...config import AUTO, FlashPrefillConfig
 
 KEY = "flashprefill"
@@ -58,7 +59,7 @@ def settings_from(additional_config: Any, speculative_tokens: int = 0, layers: i
     min_query_len = values.pop("min_query_len", RowSettings.min_query_len)
     # A parallel drafter can add as many mask slots again to the verified row.
     least = 2 + 2 * speculative_tokens
-    if isinstance(min_query_len, bool) or not isinstance(min_query_len, numbers.Integral) or min_query_len < least:
+    if not is_number(min_query_len, numbers.Integral) or min_query_len < least:
         raise ValueError(f"{place}: min_query_len must be a whole number >= {least}, got {min_query_len!r}")
     try:
         prefill = FlashPrefillConfig(**values)
