@@ -41,7 +41,7 @@ class FlashPrefillConfig:
             ``"share"``: of every ``query_stride`` queries the one with the largest 2-norm spreads a softmax over all pooled
             keys it sees; a block's score is the largest share that any of these queries gives any pooled key of the block;
             kept from ``alpha`` on. Products are of 8-bit integers, and the softmax's normaliser is reckoned from a part of
-            the pooled keys (reference.probe_shares).
+            the pooled keys (reference.probe.probe_shares).
             ``"blend"``: the score of ``"share"``, or 16 times the geometric mean over the queries of the largest share that
             each gives, if that is larger; kept from ``alpha`` on. At equal density it raises the perplexity less.
             ``"peak"``: the score of ``"share"``, kept from ``alpha`` times the query block's largest on.

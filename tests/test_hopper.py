@@ -23,9 +23,9 @@ sys.modules["triton.experimental.gluon.language.nvidia.hopper"] = None
 import torch, hf_flashprefill as fp
 from hf_flashprefill.backends.triton import attend_hopper, energies, energy_lists, hopper, probe, shares
 assert attend_hopper is energy_lists.energies_hopper is shares.probe_hopper is None
+query = torch.randn(1, 2, 200, 64).half()
 
 def calls():
-    query = torch.randn(1, 2, 200, 64).half()
     for selector in ("blend", "flashprefill"):
         config = fp.FlashPrefillConfig(selector=selector, backend="triton")
         output = fp.flash_prefill_attention(query, query, query, config=config)
@@ -39,7 +39,7 @@ with warnings.catch_warnings(record=True) as found:
     hopper.is_hopper = lambda tensor: True
     calls()
     calls()
-    assert shares._probing(query := torch.zeros(1, 2, 200, 64).half(), 128, 8) is probe
+    assert shares._probing(query, 128, 8) is probe
     assert energy_lists._scoring(query, 128) is energies
     said = [str(warning.message) for warning in found if warning.category is UserWarning]
     assert len(said) == 1 and "cannot be imported" in said[0] and "gluon.language.nvidia.hopper" in said[0], said

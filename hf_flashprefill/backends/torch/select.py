@@ -211,7 +211,7 @@ def _longest_queries(rows: torch.Tensor, positions: torch.Tensor, query_stride: 
     Rows [B, Hq, T, block_size, D] -> [B, Hq, T, runs, D], and positions [B, 1, T, block_size] -> [B, Hq, T, runs].
     """
     squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().nan_to_num_(nan=math.inf, posinf=math.inf)
-    # Eight significant bits, as reference.comparable_lengths.
+    # Eight significant bits, as reference.probe.comparable_lengths.
     lengths = (squares.view(torch.int32) + 0x8000) >> 16
     runs = lengths.masked_fill_(positions < 0, -1).unflatten(-1, (-1, query_stride))
     place = torch.arange(rows.shape[3], device=rows.device).unflatten(0, (-1, query_stride))
@@ -237,7 +237,7 @@ def _block_energies(parts: LogitParts, shape: tuple[int, ...], device: torch.dev
 
 
 def _block_shares(parts: LogitParts, shape: tuple[int, ...], device: torch.device, is_blend: bool = False) -> torch.Tensor:
-    """log2 of the largest share that any probing query gives each block, or reference.block_blends; arguments as
+    """log2 of the largest share that any probing query gives each block, or reference.probe.block_blends; arguments as
     ``_block_energies``."""
     scores = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
     for part, blocks, logits, centre_logits in parts:

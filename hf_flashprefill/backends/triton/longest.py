@@ -48,7 +48,7 @@ def _longest_queries_kernel(
     squares = tl.sum(queries * queries, 1)
     # What has no length is NaN, and must show.
     squares = tl.where(squares == squares, squares, float("inf"))
-    # Eight significant bits, as reference.comparable_lengths.
+    # Eight significant bits, as reference.probe.comparable_lengths.
     lengths = (squares.to(tl.int32, bitcast=True) + 0x8000) >> 16
     lengths = tl.where(is_query, lengths, -1).reshape(SLOTS, STRIDE)
     is_longest = lengths == tl.max(lengths, 1)[:, None]

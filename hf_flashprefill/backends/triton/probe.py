@@ -123,7 +123,7 @@ def _reduce(
     CENTRE_TILES: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile's largest logit per query and block, base 2, float32 [rows, blocks / 4, 4], and each query's largest logit and
-    normaliser so far, see reference.probe_shares; the latter two are kept for every fourth block and joined at the end.
+    normaliser so far, see reference.probe.probe_shares; the latter two are kept for every fourth block and joined at the end.
 
     Every reduction here stays inside a thread.
 
