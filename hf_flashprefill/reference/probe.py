@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..quantisation import CENTRE_LEVELS, KEY_LEVELS, MEAN_WEIGHT, NORMALISER_GROUP, QUERY_LEVELS, SMALLEST_STEP
+from ..probe_constants import CENTRE_LEVELS, KEY_LEVELS, MEAN_WEIGHT, NORMALISER_GROUP, QUERY_LEVELS, SMALLEST_STEP
 
 
 def integer_queries(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

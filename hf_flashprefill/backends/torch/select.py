@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ...block_index import BlockIndex
 from ...config import SORTING_SELECTORS
 from ...geometry import PrefillGeometry
-from ...quantisation import CENTRE_LEVELS, KEY_LEVELS, MEAN_WEIGHT, NORMALISER_GROUP, QUERY_LEVELS, SMALLEST_STEP
+from ...probe_constants import CENTRE_LEVELS, KEY_LEVELS, MEAN_WEIGHT, NORMALISER_GROUP, QUERY_LEVELS, SMALLEST_STEP
 
 # Logits held at once: 8 MiB of float32 stay in a CPU's caches, and few of a part's query blocks end before its last. At 16K
 # tokens on two cores (8 query heads, 2 key-value heads, head dim 64) the share probe took 44 ms, with 64 MiB 94 ms.

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...quantisation import QUERY_LEVELS, SMALLEST_STEP
+from ...probe_constants import QUERY_LEVELS, SMALLEST_STEP
 from .primitives import ROUNDING
 
 _ROUNDING, _QUERY_LEVELS, _SMALLEST_STEP = (gl.constexpr(number) for number in (ROUNDING.value, QUERY_LEVELS, SMALLEST_STEP))

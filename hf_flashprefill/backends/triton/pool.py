@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...geometry import PrefillGeometry
-from ...quantisation import CENTRE_LEVELS, KEY_LEVELS, SMALLEST_STEP
+from ...probe_constants import CENTRE_LEVELS, KEY_LEVELS, SMALLEST_STEP
 from .primitives import ROUNDING, compute_capability, launch_context, magnitudes, padded_head_dim, row_span
 from .tuning import pool_warps
 

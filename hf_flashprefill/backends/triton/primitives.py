@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...quantisation import QUERY_LEVELS, SMALLEST_STEP
+from ...probe_constants import QUERY_LEVELS, SMALLEST_STEP
 
 # Attention whose sums of weights are below this has met no overflow in them, and may be divided by them: from 2^126 on the
 # division says 0.

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...geometry import PrefillGeometry
-from ...quantisation import NORMALISER_GROUP
+from ...probe_constants import NORMALISER_GROUP
 from .pool import TILE, PooledKeys, centre_tiles
 from .primitives import compute_capability, integer_queries, launch_context, padded_head_dim, row_span
 from .tuning import Part, ProbeTiles, probe_tiles

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ...quantisation import NORMALISER_GROUP
+from ...probe_constants import NORMALISER_GROUP
 from .pool import TILE
 from .probe import UNSEEN
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
-from ...quantisation import MEAN_WEIGHT
+from ...probe_constants import MEAN_WEIGHT
 from . import hopper, probe
 from .longest import longest_queries
 from .pool import TILE, PooledKeys
