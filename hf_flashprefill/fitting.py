@@ -63,13 +63,19 @@ def _find_eager_attention(cls: type) -> Callable[..., Any] | None:
     return None
 
 
+# A mask of ours is none to calculate with. Choosing the encoder's, which GPT-2 can, is harmless, and so is adding the mask to
+# something, which it does with reorder_and_upcast_attn only. A line of a docstring's list begins with "-" or "*".
+_CALCULATES_WITH_MASK = re.compile(
+    r"\battention_mask(\s=\s(?!encoder_)|\s[&|*+-]=?\s|[.\[])|(\s[&|]\s|\S\s[*-]\s|~)attention_mask\b"
+)
+
+
 def misfit_of_layer(layer: nn.Module, base: str) -> str | None:
     """Why an attention layer does not fit, or None; ``base`` is the implementation that its dense calls go to."""
     name, source = type(layer).__name__, source_of(type(layer))
     if re.search(r"\b(block_)?indices=", source):
         return f"{name} brings its own sparse index"
-    # A mask of ours is none to calculate with. Choosing the encoder's, which GPT-2 can, is harmless.
-    if re.search(r"\battention_mask(\s=\s(?!encoder_)|\s[&*+-]\s|[.\[])", source):
+    if re.search(_CALCULATES_WITH_MASK, source):
         return f"{name} changes the attention mask it is given"
     if base == "eager":
         if getattr(layer, "reorder_and_upcast_attn", False):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
 
 from hf_flashprefill import (
     FlashPrefillConfig,
@@ -63,6 +63,12 @@ def test_two_models_keep_their_own_settings():
     assert (patched_config(first).alpha, patched_config(second).alpha) == (0.1, 0.3)
 
 
+def test_models_with_the_same_settings_keep_their_own_base():
+    first, second = (patch_model(tiny_model(implementation=base), alpha=0) for base in ("eager", "sdpa"))
+    assert unpatch_model(first).config._attn_implementation == "eager"
+    assert unpatch_model(second).config._attn_implementation == "sdpa"
+
+
 def fail_inside(context, check) -> None:
     with context:
         assert check()
@@ -93,6 +99,7 @@ def test_context_managers_restore_after_an_exception():
         ({"config": {"alpha": 0.1}}, TypeError, "config"),
         ({"dense_layers": [2]}, ValueError, "dense_layers must lie from 0 to 1"),
         ({"layer_alphas": [0.1]}, ValueError, "layer_alphas must hold 2 numbers, one a layer, got 1"),
+        ({"layer_alphas": [0.1, 0.2, 0.3]}, ValueError, "layer_alphas must hold 2 numbers, one a layer, got 3"),
         ({"config": "nowhere.json"}, OSError, "nowhere.json"),
     ],
 )
@@ -117,18 +124,11 @@ def test_unsupported_models_are_named_and_left_alone():
             function(None)
 
 
-def test_models_with_their_own_sparse_index_are_refused(monkeypatch):
-    model = tiny_model()
-
-    class IndexedAttention(type(model.model.layers[0].self_attn)):
-        def forward(self, *args, **kwargs):
-            # Goes through ALL_ATTENTION_FUNCTIONS with an index of its own.
-            return super().forward(*args, **kwargs, block_indices=None)
-
-    model.model.layers[0].self_attn.__class__ = IndexedAttention
-    with pytest.raises(UnsupportedModelError, match="IndexedAttention brings its own sparse index"):
+def test_models_without_attention_layers_are_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM: its attention does not go through"):
         patch_model(model)
-    assert model.config._attn_implementation == "sdpa"
+    assert not is_patched(model)
 
 
 def test_a_model_that_does_not_take_the_name_is_restored(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_flashprefill.attention as seam
-from hf_flashprefill import UnsupportedModelError, patch_model, patched, prefill_stats, reset_prefill_stats
+from hf_flashprefill import patch_model, patched, prefill_stats, reset_prefill_stats
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH, PADDED, SITUATIONS, padding, prompt
 from tests.inputs import tiny_model
@@ -196,18 +196,3 @@ def test_sinks_that_need_gradients_keep_the_call_dense():
     model(prompt()).logits.sum().backward()
     assert model.model.layers[1].self_attn.sinks.grad.abs().max() > 0
     assert [layer.dense_calls for layer in prefill_stats(model).layers] == [{}, {"gradients needed": 1}]
-
-
-def test_models_that_calculate_with_their_mask_are_refused():
-    model = tiny_model()
-
-    class MaskingAttention(type(model.model.layers[0].self_attn)):
-        def forward(self, hidden_states, attention_mask=None, **kwargs):
-            # Goes through ALL_ATTENTION_FUNCTIONS with a longer mask.
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, 1))
-            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
-
-    model.model.layers[0].self_attn.__class__ = MaskingAttention
-    with pytest.raises(UnsupportedModelError, match="MaskingAttention changes the attention mask"):
-        patch_model(model)
-    assert patch_model(tiny_model("gpt2", n_embd=64, n_head=4, n_layer=1)) is not None
