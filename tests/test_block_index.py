@@ -37,8 +37,36 @@ def test_parts_join_to_the_whole():
     assert rest.visible_total() == sum(range(5, 11))
 
 
-@pytest.mark.parametrize("fault", ["future", "unsorted", "own missing", "too long", "longer than its room", "empty"])
-def test_validate_finds(fault):
+def test_parts_join_to_a_part():
+    geometry = PrefillGeometry(1, 640, 640, 0, 64)
+    mask = torch.ones(10, 10, dtype=torch.bool).tril()[None, None]
+    parts = [BlockIndex.from_mask(mask[:, :, first : first + 2], geometry, first) for first in (4, 6)]
+    joined = BlockIndex.concatenate(parts)
+    joined.validate()
+    assert joined.first_query_block == 4
+    assert joined.density() == 1
+
+
+LENGTHS = "counts must lie between 0 and the number of causally visible blocks, all of them in indices"
+ORDER = "indices must be ascending block numbers >= 0 without repeats"
+LAST = "each list must end with the query block's own block and hold none after it"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("future", LAST),
+        ("own missing", LAST),
+        ("unsorted", ORDER),
+        ("repeated", ORDER),
+        ("negative block", ORDER),
+        ("too long", LENGTHS),
+        ("negative length", LENGTHS),
+        ("longer than its room", LENGTHS),
+        ("empty", "counts must be 0 exactly where a query block holds no valid query"),
+    ],
+)
+def test_validate_finds(fault, message):
     geometry = PrefillGeometry(1, 256, 256, 0, 64)
     index = BlockIndex.from_mask(torch.ones(4, 4, dtype=torch.bool).tril()[None, None], geometry)
     indices, counts = index.indices.clone(), index.counts.clone()
@@ -46,10 +74,16 @@ def test_validate_finds(fault):
         indices[0, 0, 0, 0] = 1
     elif fault == "unsorted":
         indices[0, 0, 2, :2] = torch.tensor([1, 0])
+    elif fault == "repeated":
+        indices[0, 0, 2, :2] = 1
+    elif fault == "negative block":
+        indices[0, 0, 2, 0] = -1
     elif fault == "own missing":
         counts[0, 0, 3] = 2
     elif fault == "too long":
         counts[0, 0, 0] = 2
+    elif fault == "negative length":
+        counts[0, 0, 1] = -1
     elif fault == "longer than its room":
         # What is beyond would be read from the next list.
         indices = torch.cat([indices[..., :1], indices[..., 3:]], -1)
@@ -58,5 +92,6 @@ def test_validate_finds(fault):
         counts[0, 0] = torch.tensor([1, 2, 3, 2])
     else:
         counts[0, 0, 1] = 0
-    with pytest.raises(ValueError, match=r"counts|indices|list"):
-        dataclasses.replace(index, indices=indices, counts=counts).validate()
+    faulty = dataclasses.replace(index, indices=indices, counts=counts)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        faulty.validate()

@@ -134,7 +134,7 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
 
 def test_keys_tell_apart_whatever_changes_the_time(monkeypatch):
     rules = [{"selector": "peak"}, {"pool_size": 16}, {"query_stride": 4}, {"block_size": 128}, {"correction": False}]
-    rules += [{"backend": "torch"}, {}]
+    rules += [{"mean_blocks": 1}, {"backend": "torch"}, {}]
     shapes = [SHAPE._replace(**change) for change in ({"heads": 8}, {"kv_heads": 4}, {"head_dim": 64})]
     keys = [known.measurement_key(known.rule_of(FlashPrefillConfig(**{"block_size": 64} | rule)), SHAPE, CPU) for rule in rules]
     keys += [known.measurement_key(RULE, shape, CPU) for shape in (*shapes, SHAPE._replace(dtype=torch.float16))]
@@ -147,6 +147,6 @@ def test_keys_tell_apart_whatever_changes_the_time(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     keys.append(known.measurement_key(RULE, SHAPE, CPU))
     known._machine.cache_clear()
-    assert len(set(keys)) == len(keys) == 14
+    assert len(set(keys)) == len(keys) == 15
     # What does not change the time does not make it measure again.
     assert known.rule_of(FlashPrefillConfig(alpha=0.3, dense_layers=[1], min_seq_len=5, block_size=64)) == RULE

@@ -46,7 +46,7 @@ def test_accelerate_hooks(name, how, tmp_path):
     hooked = [module for module in model.modules() if hasattr(module, "_hf_hook")]
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     check()
-    assert all(layer.sparse_calls > 0 for layer in prefill_stats(model).layers)
+    assert [layer.sparse_calls > 0 for layer in prefill_stats(model).layers] == [True, True]
     unpatch_model(model)
     assert hooked == [module for module in model.modules() if hasattr(module, "_hf_hook")]
     check()

@@ -38,6 +38,8 @@ def headings(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    # The support table is written by a command and has none.
+    assert links or page.name == "support.md"
     for link in links:
         if "://" in link:
             continue

@@ -16,7 +16,8 @@ from hf_flashprefill import (
 from tests.inputs import tiny_model
 from tests.test_compile import needs_lengths_in_masks
 
-ALPHAS = (0.0, 1.0)
+# In an order that no sorting would give.
+ALPHAS = (1.0, 0.0)
 SPARSE = FlashPrefillConfig(
     layer_alphas=ALPHAS, block_size=64, sink_blocks=0, window_blocks=1, dense_tail_blocks=0, min_seq_len=32
 )
@@ -52,7 +53,7 @@ def test_every_layer_runs_with_its_own_alpha(seen, tmp_path):
     # Built once, not in every call.
     assert seen[0] is seen[2]
     assert seen[1] is seen[3]
-    all_blocks, few_blocks = (layer.density for layer in prefill_stats(model).layers)
+    few_blocks, all_blocks = (layer.density for layer in prefill_stats(model).layers)
     assert all_blocks == 1
     assert few_blocks < 0.5
 
@@ -67,8 +68,8 @@ def test_a_compiled_layer_runs_with_its_own_alpha():
     reset_prefill_stats(model)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(ids).logits, expected)
     assert prefill_stats(model) == eager
-    assert eager.layers[0].density == 1
-    assert eager.layers[0].dropped_mass < 1e-6 < eager.layers[1].dropped_mass
+    assert eager.layers[1].density == 1
+    assert eager.layers[1].dropped_mass < 1e-6 < eager.layers[0].dropped_mass
 
 
 def test_one_alpha_replaces_those_of_the_layers():
@@ -77,8 +78,9 @@ def test_one_alpha_replaces_those_of_the_layers():
         with patched(model, config=SPARSE, **arguments):
             assert patched_config(model).layer_alphas is None
             assert patched_config(model).alpha == 0.5
-    with patched(model, config=SPARSE, sink_blocks=1):
-        assert patched_config(model).layer_alphas == ALPHAS
+    for arguments in ({"sink_blocks": 1}, {"alpha": 0.5, "layer_alphas": ALPHAS}):
+        with patched(model, config=SPARSE, **arguments):
+            assert patched_config(model).layer_alphas == ALPHAS
 
 
 @torch.no_grad()
