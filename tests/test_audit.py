@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+import hf_flashprefill.attention as seam
 import hf_flashprefill.functional as functional
 from eval.probe import attention_inputs
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, reset_prefill_stats
@@ -13,6 +14,7 @@ from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.functional import select_in_rounds
 from hf_flashprefill.geometry import PrefillGeometry
 from hf_flashprefill.integrations.vllm.config import settings_from
+from hf_flashprefill.support.situations import prompt
 from tests.inputs import UGLY_CASES, Case, tiny_model
 
 SPARSE = FlashPrefillConfig(
@@ -85,27 +87,54 @@ def test_rows_are_spread_and_do_not_hit_one_place_of_the_blocks():
     assert 0.05 < ((positions + 1) % 8 == 0).double().mean() < 0.25
 
 
+@pytest.mark.parametrize("lengths", [(400, 100), (100, 400)])
 @torch.no_grad()
-def test_stats_report_what_the_layers_dropped():
-    model, ids = tiny_model(), torch.randint(2, 199, (1, 400))
-    patch_model(model, config=SPARSE, audit_limit=1.0)
-    expected = []
-    for states in attention_inputs(model, ids[0]):
-        index = flash_prefill_attention(*states, config=SPARSE, return_index=True).index
-        positions = spread_positions(index.geometry, 7, ids.device)
-        shares = exact_shares(states.query, states.key, index.geometry, positions, scale=states.query.shape[-1] ** -0.5)
-        expected.append(1 - kept_shares(shares, positions, index))
-    once = prefill_stats(model)
-    model(ids)
-    twice = prefill_stats(model)
-    assert (once.sparse_calls, twice.sparse_calls) == (2, 4)
-    for stats in (once, twice):
+def test_stats_report_what_the_layers_dropped(lengths):
+    model, expected = patch_model(tiny_model(), config=SPARSE, audit_limit=1.0), ([], [])
+    for calls, length in enumerate(lengths, 1):
+        for states, dropped in zip(attention_inputs(model, prompt(length=length)[0]), expected, strict=True):
+            index = flash_prefill_attention(*states, config=SPARSE, return_index=True).index
+            positions = spread_positions(index.geometry, 7, states.query.device)
+            shares = exact_shares(states.query, states.key, index.geometry, positions, scale=states.query.shape[-1] ** -0.5)
+            dropped.append(1 - kept_shares(shares, positions, index))
+        stats = prefill_stats(model)
+        assert stats.sparse_calls == 2 * calls
         for layer, dropped in zip(stats.layers, expected, strict=True):
-            assert layer.dropped_mass == pytest.approx(dropped.mean().item(), abs=1e-6)
-            assert layer.largest_dropped_mass == pytest.approx(dropped.amax().item(), abs=1e-6)
+            assert layer.dropped_mass == pytest.approx(sum(each.mean().item() for each in dropped) / calls, abs=1e-6)
+            assert layer.largest_dropped_mass == pytest.approx(max(each.amax().item() for each in dropped), abs=1e-6)
             assert 0.05 < layer.dropped_mass < layer.largest_dropped_mass
             assert f"{layer.dropped_mass:.4f}, {layer.largest_dropped_mass:.4f}" in str(stats)
-    assert once.to_dict()["layers"][1]["dropped_mass"] == once.layers[1].dropped_mass
+    assert stats.to_dict()["layers"][1]["dropped_mass"] == stats.layers[1].dropped_mass
+    assert all(first.amax() != second.amax() for first, second in expected)
+
+
+@pytest.mark.parametrize(("family", "change"), [("gemma3", {"query_pre_attn_scalar": 2}), ("gpt_oss", {})])
+@torch.no_grad()
+def test_the_audit_sees_a_layers_scale_sinks_and_window(family, change, monkeypatch):
+    model, operator, expected = tiny_model(family, "eager", **change), seam.flash_prefill_attention, []
+    if family == "gpt_oss":
+        for layer in model.model.layers:
+            layer.self_attn.sinks.data = torch.arange(4.0)
+
+    def audited(query, key, value, *, on_index, **options):
+        audit = RowAudit(query, key, rows=7, scale=options["scale"], sinks=options["sinks"])
+
+        def both(index):
+            audit.add_index(index)
+            on_index(index)
+
+        output = operator(query, key, value, on_index=both, **options)
+        expected.append(None if options["sliding_window"] else audit.dropped()[0].item())
+        return output
+
+    monkeypatch.setattr(seam, "flash_prefill_attention", audited)
+    patch_model(model, config=SPARSE, audit_limit=1.0)
+    model(prompt(length=400))
+    windowed, full = prefill_stats(model).layers
+    assert windowed.sparse_calls == full.sparse_calls == 1
+    assert windowed.dropped_mass is expected[0] is None
+    assert full.dropped_mass == pytest.approx(expected[1], abs=1e-6)
+    assert full.dropped_mass > 0.01
 
 
 @torch.no_grad()
@@ -150,6 +179,25 @@ def test_it_warns_once_when_a_later_call_or_the_stats_see_it():
         model(ids)
         model(ids)
         prefill_stats(model)
+
+
+@torch.no_grad()
+def test_reading_the_stats_warns_by_itself():
+    model = patch_model(tiny_model(), config=SPARSE)
+    model(prompt(length=400))
+    assert warnings_of(lambda: prefill_stats(model)) == 1
+
+
+@torch.no_grad()
+def test_it_warns_of_calls_that_follow_harmless_ones():
+    model, ids = patch_model(tiny_model(), config=SPARSE), prompt(length=400)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            # One block: nothing can be dropped.
+            model(ids[:, :64])
+        model(ids)
+    assert warnings_of(lambda: (model(ids), model(ids))) == 1
 
 
 @pytest.mark.parametrize("field", [{"audit_rows": 4}, {"layer_alphas": [0.1, 0.2]}])

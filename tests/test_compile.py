@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import DynamicCache
 
+import hf_flashprefill.functional as functional
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, patch_model, prefill_stats, register_attention
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.custom_op import config_to_json, sparse_prefill
 from hf_flashprefill.masking import _TAKES_CACHE_POSITION
 from hf_flashprefill.support.matrix import SETTINGS
-from hf_flashprefill.support.situations import padding, prompt
+from hf_flashprefill.support.situations import SITUATIONS, padding, prompt
 from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
 
@@ -51,11 +53,23 @@ def test_the_op_is_the_operator(window, sinks):
     assert dropped.tolist() == [0, 0, 0]
 
 
-def test_the_op_audits_what_the_uncompiled_call_audits():
+def test_the_op_adds_up_what_its_rounds_keep(monkeypatch):
     query, key, value = tensors()
-    audit = RowAudit(query, key, rows=9, scale=0.2)
-    flash_prefill_attention(query, key, value, config=SPARSE, scale=0.2, on_index=audit.add_index)
-    dropped = sparse_prefill(query, key, value, None, config_to_json(replace(SPARSE, audit_rows=9)), 0.2)[3]
+    index = flash_prefill_attention(query, key, value, config=SPARSE, scale=0.2, return_index=True).index
+    # Lists come one query block at a time.
+    monkeypatch.setattr(functional, "SCRATCH_BYTES", 1)
+    _, kept, visible, _ = sparse_prefill(query, key, value, None, config_to_json(SPARSE), 0.2)
+    assert kept.tolist() == index.counts.sum((0, 2)).tolist()
+    assert int(visible) == int(index.visible_total())
+
+
+@pytest.mark.parametrize("sinks", [None, torch.arange(4.0)])
+def test_the_op_audits_what_the_uncompiled_call_audits(sinks):
+    query, key, value = tensors()
+    audit = RowAudit(query, key, rows=9, scale=0.2, sinks=sinks)
+    flash_prefill_attention(query, key, value, config=SPARSE, scale=0.2, sinks=sinks, on_index=audit.add_index)
+    settings = config_to_json(replace(SPARSE, audit_rows=9))
+    dropped = sparse_prefill(query, key, value, None, settings, 0.2, None, sinks)[3]
     assert torch.equal(dropped, audit.dropped())
     assert 0 < dropped[0] < dropped[2] < 1
 
@@ -109,6 +123,45 @@ def test_compiled_windows_are_exact_on_both_sides_of_their_length():
         assert_same_output(compiled(prompt(length=length)).logits, theirs)
     stats = prefill_stats(model)
     assert (stats.sparse_calls, stats.dense_calls) == (2 * len(lengths), {})
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_a_compiled_layer_keeps_its_own_scale_and_a_window_has_no_audit():
+    model = tiny_model("gemma3", query_pre_attn_scalar=2)
+    expected = model(prompt()).logits
+    patch_model(model, alpha=0, audit_rows=4, **SETTINGS)
+    assert_same_output(torch.compile(model, backend="eager", fullgraph=True)(prompt()).logits, expected)
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (2, {})
+    assert stats.layers[0].dropped_mass is None
+    assert stats.layers[1].dropped_mass < 1e-6
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_compiled_packed_sequences_under_a_window_stay_apart():
+    model, packed = tiny_model("mistral"), SITUATIONS["packed_by_positions"].run
+    (expected,) = packed(model)
+    assert (expected - model(prompt(), use_cache=False).logits).abs().max() > 1e-3
+    patch_model(model, alpha=0, **SETTINGS)
+    (got,) = packed(torch.compile(model, backend="eager"))
+    assert_same_output(got, expected)
+
+
+@needs_lengths_in_masks
+@torch.no_grad()
+def test_a_compiled_chunk_over_a_cropped_cache():
+    model, ids = tiny_model("mistral"), prompt()
+
+    def run(second):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :90], past_key_values=cache, use_cache=True)
+        return second(ids[:, 90:], past_key_values=cache, use_cache=True).logits
+
+    expected = run(model)
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(run(torch.compile(model, backend="eager")), expected)
 
 
 @needs_lengths_in_masks

@@ -1,11 +1,34 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from hf_flashprefill import FlashPrefillConfig
+
+
+def test_defaults():
+    assert asdict(FlashPrefillConfig()) == {
+        "alpha": 0.006,
+        "selector": "blend",
+        "pool_size": 4,
+        "query_stride": 8,
+        "block_size": 128,
+        "sink_blocks": None,
+        "window_blocks": None,
+        "dense_tail_blocks": 2,
+        "correction": None,
+        "mean_blocks": 8,
+        "min_seq_len": "auto",
+        "dense_layers": (),
+        "layer_alphas": None,
+        "audit_rows": 0,
+        "audit_limit": 0.05,
+        "backend": "auto",
+    }
+    resolved = FlashPrefillConfig().resolved()
+    assert (resolved.sink_blocks, resolved.window_blocks, resolved.correction) == (1, 2, True)
 
 
 def test_defaults_round_trip():

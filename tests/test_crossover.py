@@ -76,6 +76,12 @@ def test_the_table_is_careful_about_what_nobody_measured(capability, shape, expe
     assert answer(shape=shape, device=GPU) == 5120
 
 
+def test_amd_gpus_are_not_taken_for_what_was_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert known.default_min_seq_len(LLAMA, GPU) == 16384
+
+
 @pytest.mark.parametrize(
     ("winning", "expected", "asked"),
     [
@@ -243,6 +249,16 @@ def test_a_patched_model_runs_sparse_from_the_measured_length_on(base, seen):
     assert seen == [(129, False, False)] * 2 + [(130, True, True)] * 4
     stats = prefill_stats(model)
     assert (stats.sparse_calls, stats.dense_calls) == (4, {"shorter than min_seq_len": 2})
+
+
+@torch.no_grad()
+def test_a_16_bit_model_asks_for_what_was_measured_in_16_bits():
+    known.remember(RULE, SHAPE._replace(dtype=torch.bfloat16), CPU, measured(130))
+    model = patch_model(tiny_model().bfloat16(), config=AUTO)
+    model(prompt(length=129))
+    model(prompt(length=130))
+    stats = prefill_stats(model)
+    assert (stats.sparse_calls, stats.dense_calls) == (2, {"shorter than min_seq_len": 2})
 
 
 @torch.no_grad()

@@ -35,3 +35,8 @@ def test_spans_without_padding_are_those_of_full_ranges(query_len):
     for ours, theirs in zip(plain.spans(torch.device("cpu")), padded.spans(torch.device("cpu")), strict=True):
         assert ours.dtype == theirs.dtype == torch.int64
         assert torch.equal(ours, theirs)
+
+
+def test_a_row_that_ended_in_the_block_where_the_queries_begin_sees_no_blocks():
+    geometry = PrefillGeometry(2, 64, 184, 120, 64, torch.tensor([[0, 100], [0, 184]]))
+    assert geometry.visible_counts(torch.device("cpu")).tolist() == [[0, 0], [2, 3]]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
+from hf_flashprefill.backends import torch as torch_backend
+from hf_flashprefill.geometry import PrefillGeometry
 from tests.inputs import exact_dense
 from tests.tolerance import attention_rounding, logit_rounding
 
@@ -203,3 +205,13 @@ def test_means_of_later_blocks_do_not_reach_back(backend, device):
     output, _ = run(backend, query, key, value, alpha=1.0)
     assert torch.equal(output[:, :, :BLOCK], expected[:, :, :BLOCK])
     assert not output[:, :, 2 * BLOCK :].isfinite().any()
+
+
+@pytest.mark.parametrize("pool_size", [4, BLOCK])
+def test_sums_of_half_precision_do_not_overflow(pool_size):
+    """The largest float16 is 65504."""
+    key = torch.full((1, 1, 1024, HEAD_DIM), 3e4, dtype=torch.float16)
+    geometry = PrefillGeometry(1, 1024, 1024, 0, BLOCK)
+    pools, key_blocks, value_blocks = torch_backend.pool_keys_and_values(key, key, geometry, pool_size)
+    for means in (*pools, key_blocks, value_blocks, *torch_backend.run_means(key_blocks, value_blocks, 8)):
+        torch.testing.assert_close(means.float(), torch.full_like(means.float(), 3e4), rtol=1e-3, atol=0)

@@ -186,6 +186,14 @@ def test_pools_of_something_else_are_refused(change, named, device, monkeypatch)
     assert pools.tokens == 700
 
 
+def test_pools_of_another_backend_are_refused(device):
+    query, key, value, _ = CASE.tensors(device)
+    pools = KeptPools()
+    list(chunks_of(query, key, value, replace(CONFIG, backend="torch"), pools, (700,)))
+    with pytest.raises(ValueError, match="kept_pools must be new for another backend: pooled with torch, got triton"):
+        flash_prefill_attention(query, key, value, config=replace(CONFIG, backend="triton"), kept_pools=pools)
+
+
 def test_wrong_arguments_are_refused(device):
     query, key, value, ranges = Case(2, 2, 2, 200, 200, 64, ranges=((0, 200), (7, 200))).tensors(device)
     with pytest.raises(TypeError, match="kept_pools must be KeptPools or None, got dict"):

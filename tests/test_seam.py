@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_flashprefill.attention as seam
 from hf_flashprefill import (
@@ -115,29 +118,90 @@ def test_dense_layers_use_the_previous_implementation_for_padded_chunks():
             assert stats.layers[1].dense_calls["dense layer"] > 0
 
 
-@torch.no_grad()
-def test_flash_attention_sees_its_own_name_when_calls_stay_dense(monkeypatch):
-    """Flash attention picks its kernel by the name in the module's config, which is ours while a model is patched."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+def first_layers_calls(name, mask_function, model, is_patched=True):
+    """The name and the mask that the first layer's previous implementation ``name`` sees in each call; dense if patched."""
     seen = []
 
-    def fake_flash(module, query, key, value, attention_mask, **kwargs):
-        seen.append(
-            (module.config._attn_implementation, module.layer_idx, None if attention_mask is None else attention_mask.dim())
-        )
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if module.layer_idx == 0:
+            seen.append((module.config._attn_implementation, attention_mask))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **kwargs)
 
-    AttentionInterface.register("test_flash_fake", fake_flash)
-    AttentionMaskInterface.register("test_flash_fake", flash_attention_mask)
-    model = tiny_model()
-    model.config._attn_implementation_internal = "test_flash_fake"
-    patch_model(model, alpha=0, dense_layers=[0], **SETTINGS)
-    model(prompt())
-    SITUATIONS["left_padded"].run(model)
-    assert seen == [("test_flash_fake", 0, None), ("test_flash_fake", 0, 2)]
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask_function)
+    model.config._attn_implementation_internal = name
+    if is_patched:
+        patch_model(model, alpha=0, dense_layers=[0], **SETTINGS)
+    for situation in ("plain", "left_padded", "padded_prefix_continuation"):
+        SITUATIONS[situation].run(model)
+    return seen
+
+
+@torch.no_grad()
+def test_flash_attention_sees_its_own_name_when_calls_stay_dense():
+    """Flash attention picks its kernel by the name in the module's config, which is ours while a model is patched."""
+    seen = first_layers_calls("test_flash_fake", flash_attention_mask, tiny_model())
+    assert [name for name, _ in seen] == 4 * ["test_flash_fake"]
+
+
+@pytest.mark.parametrize("mask_function", [sdpa_mask, eager_mask, flash_attention_mask])
+@torch.no_grad()
+def test_dense_layers_get_the_masks_of_the_previous_implementation(mask_function):
+    """None where it needs none, as one of queries and keys of a long prompt would take gigabytes, and in the model's dtype."""
+    model = tiny_model().bfloat16()
+    expected = [mask for _, mask in first_layers_calls("test_fake", mask_function, model, is_patched=False)]
+    got = [mask for _, mask in first_layers_calls("test_fake", mask_function, model)]
+    assert [mask is None for mask in got] == [mask is None for mask in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        if theirs is not None:
+            assert type(ours) is torch.Tensor
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_mask_of_fewer_tokens_than_the_cache_holds():
+    """transformers takes what it does not tell for padding."""
+    model, ids, mask = tiny_model(), prompt(), torch.ones(1, LENGTH - 30, dtype=torch.long)
+
+    def run():
+        cache = model(ids[:, :90], use_cache=True).past_key_values
+        return model(ids[:, 90:], attention_mask=mask, past_key_values=cache).logits
+
+    expected = run()
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(run(), expected)
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_keeps_nobody_dense():
+    model, mask = tiny_model(), padding("left")
+    mask[1] = 0
+    expected = model(prompt(2), attention_mask=mask).logits[0]
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(model(prompt(2), attention_mask=mask).logits[0], expected)
+    assert prefill_stats(model).sparse_calls == 2
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_dropout_of_training_reaches_the_previous_implementation(base):
+    model, ids = tiny_model(implementation=base, attention_dropout=0.5).train(), prompt()
+    torch.manual_seed(1)
+    expected = model(ids).logits
+    patch_model(model, alpha=0, **SETTINGS)
+    torch.manual_seed(1)
+    assert torch.equal(model(ids).logits, expected)
+    assert not torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_one_projection_that_needs_gradients_keeps_the_call_dense(name):
+    model = tiny_model(num_hidden_layers=1).requires_grad_(False)
+    weight = getattr(model.model.layers[0].self_attn, name).weight.requires_grad_(True)
+    patch_model(model, alpha=0, **SETTINGS)
+    model(prompt()).logits.square().sum().backward()
+    assert weight.grad.abs().max() > 0
+    assert prefill_stats(model).dense_calls == {"gradients needed": 1}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, reference
+from hf_flashprefill.backends import torch as torch_backend
 from hf_flashprefill.backends.torch import select as torch_select
 from hf_flashprefill.backends.triton import shares
 from hf_flashprefill.backends.triton.longest import longest_queries
@@ -231,6 +232,18 @@ def test_every_backend_asks_the_longest_query_and_the_last_of_equals(device):
     chosen = torch.take_along_dim(query[0], expected[..., None] - 85, 1)
     torch.testing.assert_close(rows[used].view(2, -1, 24), chosen, equal_nan=True, atol=0, rtol=0)
     assert torch.equal(longest_queries(query, geometry, 8, 0, geometry.query_blocks), places.int())
+
+
+def test_pools_of_keys_that_hardly_differ_have_the_references_steps():
+    """Where a block's mean is large, its two bytes decide the step."""
+    key = torch.randn(1, 2, 300, 64) * 0.01
+    key[..., 3] += 500.0
+    pools, centres = torch_backend.pool_keys(key, PrefillGeometry(1, 300, 300, 0, 64), 4)
+    integers, whole, steps = reference.integer_keys(key[0], 4, 64)
+    assert whole.abs().max() == 32000
+    torch.testing.assert_close(centres[0], whole * steps, rtol=1e-6, atol=0)
+    of_pools = steps.repeat_interleave(16, 1)[:, : integers.shape[1]]
+    torch.testing.assert_close(pools[0, :, : integers.shape[1]], integers * of_pools, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])

@@ -158,6 +158,16 @@ def test_layers_of_another_dtype_and_dense_ones(operator_calls):
     assert warmup(patch_model(model, dense_layers=[0, 1], **SETTINGS)).layers == []
 
 
+def test_layers_whose_first_weights_are_quantised():
+    model = tiny_model()
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            projection = getattr(layer.self_attn, name)
+            projection.weight = torch.nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
+    (layer,) = warmup(patch_model(model, **SETTINGS)).layers
+    assert "float32" in layer.kind
+
+
 def test_a_model_on_disk_warms_up_where_it_computes(tmp_path, operator_calls):
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model()
