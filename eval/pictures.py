@@ -258,6 +258,7 @@ def draw_operator(rows: list[dict]) -> Figure:
         axis.plot([row["length"] for row in chosen], values, "o-", color=colour, lw=1.2, ms=4, label=label)
     axis.axhline(1, color=GREY, lw=0.8)
     axis.set_ylabel("speed-up", fontsize=9)
-    axis.legend(fontsize=8, frameon=False)
+    if lines:
+        axis.legend(fontsize=8, frameon=False)
     length_axis(axis, lengths)
     return figure
