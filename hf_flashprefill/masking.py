@@ -56,8 +56,14 @@ class CausalMask(torch.Tensor):
                 return args[0]
         if function is torch.Tensor.__setitem__:
             raise _none_to_calculate_with("__setitem__")
-        result = super().__torch_function__(function, types, args, kwargs or {})
-        if isinstance(result, torch.Tensor) and not _keeps_rows(function.__name__, args, kwargs or {}):
+        kwargs = kwargs or {}
+        if not _takes_mask(args, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        result = super().__torch_function__(function, types, args, kwargs)
+        if not isinstance(result, torch.Tensor):
+            return result
+        if not _keeps_rows(function.__name__, args, kwargs) or result.dtype not in (torch.bool, _COUNTED_AS):
             raise _none_to_calculate_with(function.__name__)
         return result
 
@@ -78,6 +84,19 @@ class CausalMask(torch.Tensor):
     def padding(self) -> torch.Tensor | None:
         """The mask as a plain tensor, or None when nothing is padding."""
         return None if self.stride(1) == 0 else _as_tensor(self)
+
+
+# In a graph of torch 2.11 what ``_runs`` is given is a mask, not a plain tensor, and may be calculated with as these.
+_COUNTED_AS = torch.int16
+
+
+def _takes_mask(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask that is still one is among a function's arguments."""
+    given = [*args, *kwargs.values()]
+    given += [value for values in given if isinstance(values, list | tuple) for value in values]
+    masks = [value for value in given if isinstance(value, CausalMask)]
+    with torch._C.DisableTorchFunctionSubclass():
+        return any(mask.dtype is torch.bool and mask.dim() == 2 for mask in masks)
 
 
 def _none_to_calculate_with(name: str) -> UnsupportedModelError:
@@ -313,7 +332,7 @@ def _as_tensor(mask: torch.Tensor) -> torch.Tensor:
 
 def _runs(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """First and one-after-last real position per row, int32 [B, 2], and whether each row's tokens are one run."""
-    real = padding.to(torch.int32)
+    real = padding.to(_COUNTED_AS)
     count = real.sum(1)
     first = real.argmax(1)
     last = padding.shape[1] - 1 - real.flip(1).argmax(1)
