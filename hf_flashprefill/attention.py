@@ -18,12 +18,13 @@ from transformers.utils import logging
 
 from .audit import start_audit
 from .block_index import BlockIndex
+from .causal_mask import CausalMask
 from .config import FlashPrefillConfig
 from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .fitting import UnsupportedModelError, eager_attention_of, layer_number, misfit_of_layer
 from .functional import DTYPES, flash_prefill_attention
-from .masking import CausalMask, base_mask_for
+from .masking import base_mask_for
 from .stats import has_record, record_compiled_audit, record_compiled_sparse, record_dense, record_sparse
 
 logger = logging.get_logger(__name__)

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 from .arithmetic import exact_arithmetic
 from .attention import dense_attention, dense_reason
 from .attention_mass import exact_shares, kept_shares, spread_positions
+from .causal_mask import CausalMask
 from .checks import is_number
 from .config import FlashPrefillConfig
 from .fitting import UnsupportedModelError, layer_number
 from .functional import select_in_rounds
 from .geometry import PrefillGeometry
-from .masking import CausalMask
 from .patch import attention_replaced
 from .stats import PrefillStats, prefill_stats
 

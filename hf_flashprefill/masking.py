@@ -20,118 +20,10 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from .causal_mask import CausalMask, mask_class, runs_of, without_padding
 from .config import FlashPrefillConfig
 from .crossover import is_long_enough, min_seq_len_of_model
-from .fitting import UnsupportedModelError, cuts_masks
-
-
-class CausalMask(torch.Tensor):
-    """Bool [B, valid length]: which of the keys before ``valid length`` are real tokens, one run per row.
-
-    Its presence says that the call is causal with the query's end at ``valid length``; keys after that are unused cache. The
-    class survives ``.to(device)``, so a mask that accelerate moves between devices is still known. Without padding it is
-    one expanded True of no size.
-
-    Attributes:
-        sliding_window: How many tokens back a query sees, its own included: fewer than ``valid length``; None if all. It is
-            the class that has it, see ``_mask_class``: an attribute of the tensor would be lost with the first copy, and the
-            mask would pass for one without a window.
-    """
-
-    sliding_window: int | None = None
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        """As ``Tensor``'s for what leaves every row the mask that it was; whoever calculates with it takes it for another mask.
-
-        The last queries of one that is taken for a 4-D one, ``mask[:, :, -n:, :]``, end where all end, so that it stays what
-        it is. A graph does not follow a ``__getitem__`` of ours.
-
-        Raises:
-            UnsupportedModelError: Anything else is to be done with the mask.
-        """
-        if function is torch.Tensor.__getitem__ and isinstance(args[1], tuple) and len(args[1]) == 4:
-            batch, head, query, key = args[1]
-            if batch == head == key == slice(None) and isinstance(query, slice) and query == slice(query.start, None):
-                return args[0]
-        if function is torch.Tensor.__setitem__:
-            raise _none_to_calculate_with("__setitem__")
-        kwargs = kwargs or {}
-        if not _takes_mask(args, kwargs):
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **kwargs)
-        result = super().__torch_function__(function, types, args, kwargs)
-        if not isinstance(result, torch.Tensor):
-            return result
-        if not _keeps_rows(function.__name__, args, kwargs) or result.dtype not in (torch.bool, _COUNTED_AS):
-            raise _none_to_calculate_with(function.__name__)
-        return result
-
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As ``Tensor.to``; a copy of an expanded tensor is filled in, so what says that nothing is padding is put back."""
-        moved = super().to(*args, **kwargs)
-        if self.stride(1) != 0 or moved.stride(1) == 0:
-            return moved
-        with torch._C.DisableTorchFunctionSubclass():
-            expanded = moved[:, :1].expand(self.shape)
-        return expanded.as_subclass(type(self))
-
-    def valid_ranges(self) -> torch.Tensor | None:
-        """int32 [B, 2] as flash_prefill_attention takes them, or None when nothing is padding. Never waits."""
-        padding = self.padding()
-        return None if padding is None else _runs(padding)[0]
-
-    def padding(self) -> torch.Tensor | None:
-        """The mask as a plain tensor, or None when nothing is padding."""
-        return None if self.stride(1) == 0 else _as_tensor(self)
-
-
-# In a graph of torch 2.11 what ``_runs`` is given is a mask, not a plain tensor, and may be calculated with as these.
-_COUNTED_AS = torch.int16
-
-
-def _takes_mask(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a mask that is still one is among a function's arguments."""
-    given = [*args, *kwargs.values()]
-    given += [value for values in given if isinstance(values, list | tuple) for value in values]
-    masks = [value for value in given if isinstance(value, CausalMask)]
-    with torch._C.DisableTorchFunctionSubclass():
-        return any(mask.dtype is torch.bool and mask.dim() == 2 for mask in masks)
-
-
-def _none_to_calculate_with(name: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        "the attention mask of a patched model stands for a causal one and is none to calculate with, "
-        f"but {name} was called on it; inside `with unpatched(model)` transformers makes a mask of the usual kind"
-    )
-
-
-# Functions of tensors that move or copy a mask whole, and those that choose or repeat rows, as beams and candidates want it, if
-# they are told the first dimension, at this place of their arguments.
-_WHOLE = ("__get__", "to", "clone", "contiguous", "cpu", "cuda", "detach", "pin_memory", "__deepcopy__", "as_subclass")
-_ALONG = {"index_select": 1, "repeat_interleave": 2}
-
-
-def _keeps_rows(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether every row of the result of a function is, whole, the mask of a row before."""
-    if name in _ALONG:
-        return (args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim")) == 0
-    if name == "__getitem__":
-        return isinstance(args[1], slice) or (isinstance(args[1], torch.Tensor) and args[1].dim() == 1)
-    return name in _WHOLE
-
-
-@functools.cache
-def _mask_class(sliding_window: int | None) -> type[CausalMask]:
-    """CausalMask, or its subclass for one sliding window."""
-    if sliding_window is None:
-        return CausalMask
-    return type("WindowedCausalMask", (CausalMask,), {"sliding_window": sliding_window})
-
-
-# No class method: a graph of torch 2.15 does not follow one of a class that it got from _constant_mask_class.
-def _without_padding(marker: type[CausalMask], batch: int, valid_length: int, device: torch.device | str) -> CausalMask:
-    return torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch, valid_length).as_subclass(marker)
+from .fitting import cuts_masks
 
 
 def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
@@ -238,7 +130,7 @@ def _compiled_mask(arguments: dict[str, Any]) -> CausalMask | None:
     if _is_nonzero(arguments.get("kv_offset", 0)) or (valid_length > plain_up_to and window is None):
         return None
     marker = CausalMask if valid_length <= plain_up_to else _constant_mask_class(window)
-    return _without_padding(marker, arguments["batch_size"], valid_length, arguments["device"])
+    return without_padding(marker, arguments["batch_size"], valid_length, arguments["device"])
 
 
 def _compiled_locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
@@ -263,7 +155,7 @@ def _compiled_locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
 # A graph cannot make a class.
 @torch._dynamo.assume_constant_result
 def _constant_mask_class(sliding_window: int) -> type[CausalMask]:
-    return _mask_class(sliding_window)
+    return mask_class(sliding_window)
 
 
 def _is_nonzero(value: Any) -> bool:
@@ -311,30 +203,14 @@ def _causal_mask(arguments: dict[str, Any]) -> CausalMask | None:
         return None
     if key_offset and (window is None or valid_length != arguments["kv_length"]):
         return None
-    marker = _mask_class(window)
+    marker = mask_class(window)
     padding = arguments.get("attention_mask")
     if padding is None:
-        return _without_padding(marker, arguments["batch_size"], valid_length, _device(arguments))
+        return without_padding(marker, arguments["batch_size"], valid_length, _device(arguments))
     if padding.dim() != 2 or padding.shape[1] < key_offset + valid_length:
         return None
     padding = padding[:, key_offset : key_offset + valid_length].contiguous()
-    whole, one_run = torch.stack([padding.all(), _runs(padding)[1]]).tolist()
+    whole, one_run = torch.stack([padding.all(), runs_of(padding)[1]]).tolist()
     if whole:
-        return _without_padding(marker, len(padding), valid_length, padding.device)
+        return without_padding(marker, len(padding), valid_length, padding.device)
     return padding.as_subclass(marker) if one_run else None
-
-
-def _as_tensor(mask: torch.Tensor) -> torch.Tensor:
-    """A copy without the class and with memory of its own. A graph cannot trace ``as_subclass(torch.Tensor)``."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return mask.clone(memory_format=torch.contiguous_format)
-
-
-def _runs(padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one-after-last real position per row, int32 [B, 2], and whether each row's tokens are one run."""
-    real = padding.to(_COUNTED_AS)
-    count = real.sum(1)
-    first = real.argmax(1)
-    last = padding.shape[1] - 1 - real.flip(1).argmax(1)
-    ranges = torch.stack([first, first + count], 1).to(torch.int32)
-    return ranges, ((last - first + 1 == count) | (count == 0)).all()

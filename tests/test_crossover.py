@@ -13,6 +13,7 @@ import torch
 import hf_flashprefill.attention as seam
 from hf_flashprefill import FlashPrefillConfig, patch_model, prefill_stats
 from hf_flashprefill.backends import torch as torch_backend
+from hf_flashprefill.causal_mask import CausalMask
 from hf_flashprefill.crossover import (
     NEVER,
     imposed,
@@ -23,7 +24,7 @@ from hf_flashprefill.crossover import (
     timing,
 )
 from hf_flashprefill.crossover import __main__ as command
-from hf_flashprefill.masking import _TAKES_CACHE_POSITION, CausalMask
+from hf_flashprefill.masking import _TAKES_CACHE_POSITION
 from hf_flashprefill.support.situations import padding, prompt
 from tests.crossovers import AUTO, CPU, GPU, LLAMA, RULE, SHAPE, answer, measured
 from tests.inputs import tiny_model

@@ -5,7 +5,7 @@ import torch
 
 from hf_flashprefill import FlashPrefillConfig
 from hf_flashprefill.attention import dense_reason
-from hf_flashprefill.masking import CausalMask
+from hf_flashprefill.causal_mask import CausalMask
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH
 from tests.inputs import tiny_model

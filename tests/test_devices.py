@@ -60,7 +60,8 @@ def test_a_mask_that_moves_between_devices_is_still_known(window):
     from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
     from hf_flashprefill import FlashPrefillConfig
-    from hf_flashprefill.masking import CausalMask, prefill_mask
+    from hf_flashprefill.causal_mask import CausalMask
+    from hf_flashprefill.masking import prefill_mask
 
     function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     for attention_mask in (None, padding("left").bool()):

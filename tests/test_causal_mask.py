@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError, patch_model, patched, prefill_stats, register_attention
-from hf_flashprefill.masking import _TAKES_CACHE_POSITION, CausalMask, prefill_mask
+from hf_flashprefill.causal_mask import CausalMask
+from hf_flashprefill.masking import _TAKES_CACHE_POSITION, prefill_mask
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import padding, prompt
 from tests.inputs import tiny_model
