@@ -45,7 +45,7 @@ def test_layers_that_do_not_say_which_they_are_have_no_number():
     model(ids(), use_cache=False)
     stats = prefill_stats(model)
     assert [layer.layer for layer in stats.layers] == [None, 1]
-    assert [line.split()[0] for line in str(stats).splitlines()] == ["layer", "-", "1"]
+    assert [line.split()[0] for line in str(stats).splitlines()[:3]] == ["layer", "-", "1"]
 
 
 def test_patching_again_replaces_the_settings():
