@@ -95,6 +95,7 @@ OUTSIDE = {
 }
 
 
+@pytest.mark.skipif(_TAKES_CACHE_POSITION, reason="before transformers 5 these families make masks of their own")
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("family", OUTSIDE)
 @torch.no_grad()
@@ -113,6 +114,7 @@ def test_models_outside_the_interface_are_refused_when_loaded_by_name(family, is
         model(prompt())
 
 
+@pytest.mark.skipif(_TAKES_CACHE_POSITION, reason="transformers 4 cannot be traced, unpatched as well")
 @torch.no_grad()
 def test_a_traced_model_is_dense_and_right_with_other_padding():
     model = tiny_model().requires_grad_(False)

@@ -47,7 +47,7 @@ def test_both_probes_find_the_same_blocks(shape, settings, selector, splits, mon
     def lists():
         index = flash_prefill_attention(query, key, value, config=config, valid_ranges=ranges, return_index=True).index
         index.validate()
-        assert 0.2 < index.density() < 0.8
+        assert 0.2 < index.density() < 0.95
         return index.to_mask()
 
     monkeypatch.setattr(shares.probe_hopper, "probe_parts", counted)
@@ -83,7 +83,7 @@ def test_both_kernels_of_the_published_rule_find_the_same_energies(shape, heads,
     key[0, :, shape.kv_len - 200] = torch.nan
     ranges = None if ranges is None else ranges.int()
     geometry = PrefillGeometry(shape.batch, shape.query_len, shape.kv_len, shape.offset, 128, ranges)
-    means = pool_keys(key, geometry, 128)
+    (means,) = pool_keys(key, geometry, 128)
     monkeypatch.setattr(energies_hopper, "energy_heads", lambda *_: heads)
     assert energy_lists._scoring(query, 128) is energies_hopper
     for first in range(min(3, geometry.query_blocks)):
