@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 class UnsupportedModelError(ValueError):
@@ -35,6 +35,23 @@ def _sources(cls: type) -> tuple[tuple[type, str], ...]:
 def source_of(cls: type) -> str:
     """The source of a class and of those it inherits from."""
     return "\n".join(source for _, source in _sources(cls))
+
+
+# A graph takes the answer as it is: it cannot read sources, nor leave a cached function alone.
+@torch._dynamo.assume_constant_result
+def uses_interface(config_module: str) -> bool:
+    """Whether any class of the modelling file that belongs to a config's module calls the AttentionInterface; True where
+    there is no such file."""
+    return _uses_interface(config_module)
+
+
+@functools.cache
+def _uses_interface(config_module: str) -> bool:
+    modelling = sys.modules.get(config_module.replace("configuration_", "modeling_"))
+    classes = [each for each in vars(modelling or sys).values() if isinstance(each, type) and issubclass(each, nn.Module)]
+    # PreTrainedModel names the interface, too, whatever its model does.
+    sources = [source for cls in classes for each, source in _sources(cls) if each is not PreTrainedModel]
+    return not classes or any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
 
 
 # What ``eager_attention_of`` found. A graph can look it up, but cannot read sources.

@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 from .causal_mask import CausalMask, mask_class, runs_of, without_padding
 from .config import FlashPrefillConfig
 from .crossover import is_long_enough, min_seq_len_of_model
-from .fitting import cuts_masks
+from .fitting import UnsupportedModelError, cuts_masks, uses_interface
 
 
 def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
@@ -43,6 +43,20 @@ def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> A
         # No mask at all stands for queries that begin where the keys begin. The model knows that of "sdpa" by its name only.
         arguments["allow_is_causal_skip"] = False
     return base_mask(base, **arguments)
+
+
+def prefill_mask_by_name(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
+    """``prefill_mask`` for a model that was loaded by the name of ``register_attention`` and that nobody has looked at.
+
+    Raises:
+        UnsupportedModelError: Its attention does not go through the AttentionInterface; it would add to its scores, or leave
+            out, a mask that is made for another attention.
+    """
+    config = arguments.get("config")
+    if config is not None and not uses_interface(type(config).__module__):
+        name = type(config).__name__
+        raise UnsupportedModelError(f"the model of {name}: its attention does not go through transformers' AttentionInterface")
+    return prefill_mask(base, settings, **arguments)
 
 
 def _is_long_enough(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> bool:

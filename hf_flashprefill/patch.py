@@ -22,7 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from .attention import PrefillSettings, prefill_attention
 from .config import FlashPrefillConfig
 from .fitting import UnsupportedModelError, layer_number, misfit_of_layer, source_of
-from .masking import prefill_mask
+from .masking import prefill_mask, prefill_mask_by_name
 from .stats import LayerRecord, attach_record, detach_record, reset_prefill_stats, restore_records, saved_records
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -153,7 +153,10 @@ def register_attention(config: FlashPrefillConfig | None = None, *, base: str = 
         config: Settings; ``FlashPrefillConfig()`` if None.
         base: The implementation that dense calls go to.
     """
-    return _register(PrefillSettings(_merged_config(None, config, {}), base), NAME)
+    settings = PrefillSettings(_merged_config(None, config, {}), base)
+    _register(settings, NAME)
+    AttentionMaskInterface.register(NAME, functools.partial(prefill_mask_by_name, settings.base, settings.config))
+    return NAME
 
 
 def _merged_config(alpha: float | None, config: ConfigLike | None, overrides: dict[str, Any]) -> FlashPrefillConfig:

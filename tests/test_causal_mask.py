@@ -100,7 +100,7 @@ OUTSIDE = {
 @pytest.mark.parametrize("family", OUTSIDE)
 @torch.no_grad()
 def test_models_outside_the_interface_are_refused_when_loaded_by_name(family, is_compiled):
-    """They never ask for our attention, only for its mask; broadcast over one row it let every token see all others."""
+    """They never ask for our attention, only for its mask; added to their scores, it let every token see all others."""
     settings = FlashPrefillConfig(alpha=0, **SETTINGS)
     config = AutoConfig.for_model(family, vocab_size=200, hidden_size=64, **OUTSIDE[family])
     try:
@@ -110,8 +110,11 @@ def test_models_outside_the_interface_are_refused_when_loaded_by_name(family, is
     if is_compiled:
         torch.compiler.reset()
         model = torch.compile(model, backend="eager")
-    with pytest.raises(UnsupportedModelError, match="is none to calculate with"):
-        model(prompt())
+    # Short prompts as well: what sdpa gets, None above all, is no mask for an attention of another kind.
+    for length in (20, 160):
+        for attention_mask in (None, torch.ones(1, length, dtype=torch.long)):
+            with pytest.raises(UnsupportedModelError, match="does not go through transformers' AttentionInterface"):
+                model(prompt(length=length), attention_mask=attention_mask)
 
 
 @pytest.mark.skipif(_TAKES_CACHE_POSITION, reason="transformers 4 cannot be traced, unpatched as well")
