@@ -53,7 +53,8 @@ def prefill_mask_by_name(base: str, settings: FlashPrefillConfig, **arguments: A
             out, a mask that is made for another attention.
     """
     config = arguments.get("config")
-    if config is not None and not uses_interface(type(config).__module__):
+    # A model of several parts (PaliGemma) may have all of its attention in files of theirs.
+    if config is not None and not config.sub_configs and not uses_interface(type(config).__module__):
         name = type(config).__name__
         raise UnsupportedModelError(f"the model of {name}: its attention does not go through transformers' AttentionInterface")
     return prefill_mask(base, settings, **arguments)
