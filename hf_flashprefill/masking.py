@@ -54,7 +54,8 @@ def prefill_mask_by_name(base: str, settings: FlashPrefillConfig, **arguments: A
     """
     config = arguments.get("config")
     # A model of several parts (PaliGemma) may have all of its attention in files of theirs.
-    if config is not None and not config.sub_configs and not uses_interface(type(config).__module__):
+    parts = [] if config is None else [type(config), *config.sub_configs.values()]
+    if parts and not any(uses_interface(part.__module__) for part in parts):
         name = type(config).__name__
         raise UnsupportedModelError(f"the model of {name}: its attention does not go through transformers' AttentionInterface")
     return prefill_mask(base, settings, **arguments)
