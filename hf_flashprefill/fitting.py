@@ -7,6 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,16 +43,16 @@ def source_of(cls: type) -> str:
 def uses_interface(config_module: str) -> bool:
     """Whether any class of the modelling file that belongs to a config's module calls the AttentionInterface; True where
     there is no such file."""
-    return _uses_interface(config_module)
+    modelling = sys.modules.get(config_module.replace("configuration_", "modeling_"))
+    return modelling is None or _calls_interface(modelling)
 
 
 @functools.cache
-def _uses_interface(config_module: str) -> bool:
-    modelling = sys.modules.get(config_module.replace("configuration_", "modeling_"))
-    classes = [each for each in vars(modelling or sys).values() if isinstance(each, type) and issubclass(each, nn.Module)]
+def _calls_interface(modelling: ModuleType) -> bool:
+    classes = [each for each in vars(modelling).values() if isinstance(each, type) and issubclass(each, nn.Module)]
     # PreTrainedModel names the interface, too, whatever its model does.
     sources = [source for cls in classes for each, source in _sources(cls) if each is not PreTrainedModel]
-    return not classes or any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
+    return not sources or any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
 
 
 # What ``eager_attention_of`` found. A graph can look it up, but cannot read sources.
