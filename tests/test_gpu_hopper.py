@@ -1,6 +1,7 @@
 """The Gluon kernels for Hopper GPUs against the portable ones, which are compared with the reference everywhere."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.geometry import PrefillGeometry
 from tests.inputs import Case
+from tests.tolerance import logit_rounding
 
 pytestmark = pytest.mark.gpu
 
@@ -217,6 +219,72 @@ def test_weights_far_above_those_of_the_own_block(shape, terms, overflows, kerne
     limit = 128 if overflows == "weights" else 128 - torch.tensor(1e30).log2()
     if shape.dtype == torch.bfloat16:
         assert 0.1 < (reached > limit).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("dtype", "magnitude"), [(torch.float16, 3e4), (torch.bfloat16, 1e6)], ids=str)
+@pytest.mark.parametrize("terms", ["plain", "means", "sinks"])
+@pytest.mark.parametrize("kernel", ["attend", "attend_hopper"])
+def test_huge_logits_pick_the_largest(head_dim, dtype, magnitude, terms, kernel):
+    """Where the rounding of a logit is worth more than a weight can hold, its product with the scale is rounded but once."""
+    from hf_flashprefill.backends import triton as triton_backend
+
+    tokens, scale = 1000, head_dim**-0.5
+    query, key, value, _ = Case(1, 2, 1, tokens, tokens, head_dim, dtype=dtype).tensors(torch.device("cuda"))
+    largest = torch.finfo(dtype).max
+    query, key = ((tensor.float() * magnitude).clamp(-largest, largest).to(dtype) for tensor in (query, key))
+    logits = query[0].double() @ key[0, 0].double().T * (scale * math.log2(math.e))
+    logits.masked_fill_(~torch.ones_like(logits, dtype=torch.bool).tril(), -math.inf)
+    rounding = logit_rounding(query[0], key[0, 0].abs(), scale, 1, torch.float32).amax(-1)
+    first, second = logits.topk(2).values.unbind(-1)
+    is_clear = first - second > 2 * rounding + 60
+    assert is_clear.double().mean() > 0.8
+    assert first.max() > 2**31
+
+    config = FlashPrefillConfig(alpha=0.0, backend="triton")
+    index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
+    assert index.density() == 1
+    means = sinks = None
+    if terms == "means":
+        pools = triton_backend.pool_keys_and_values(key, value, index.geometry, 4)
+        means = triton_backend.run_means(pools.key_blocks, pools.value_blocks, 2)
+    if terms == "sinks":
+        sinks = torch.tensor([-3.0, 120.0], device="cuda")
+    output = torch.full_like(query, torch.nan)
+    getattr(triton_backend, kernel).attend_blocks(
+        query, key, value, index, scale=scale, output=output, sinks=sinks, means=means
+    )
+    expected = value[0, 0, logits.argmax(-1)]
+    # A query whose logits are all far below the sink has nothing.
+    expected = expected.where((first > 0)[..., None], 0) if terms == "sinks" else expected
+    torch.testing.assert_close(output[0][is_clear], expected[is_clear], rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("selector", ["share", "blend", "peak", "flashprefill"])
+@pytest.mark.parametrize("size", [20, 28, 31, 34, 60])
+@pytest.mark.parametrize("is_portable", [False, True], ids=["hopper", "portable"])
+def test_the_one_block_of_huge_logits_is_kept(selector, size, is_portable, monkeypatch):
+    """Of logits around 2^size only the size survives rounding; it must not decide which queries have a say."""
+    from hf_flashprefill.backends.triton import energy_lists, shares
+
+    query, key, value, _ = Case(1, 4, 2, 3000, 3000, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
+    huge, factors = slice(5 * 128, 6 * 128), torch.rand(3000, device="cuda") + 1
+    direction = torch.randn(128, device="cuda")
+    direction = direction / direction.norm() * 128**0.25 * 2 ** (size / 2)
+    query.copy_(factors[:, None] * direction)
+    key[:, :, huge] = (factors[huge, None] * direction).to(key.dtype)
+    if is_portable:
+        monkeypatch.setattr(shares, "probe_hopper", None)
+        monkeypatch.setattr(energy_lists, "energies_hopper", None)
+    forced = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
+    config = FlashPrefillConfig(selector=selector, alpha=0.5, backend="triton", **forced)
+    output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
+    index.validate()
+    is_kept = index.to_mask()[0, :, 6:]
+    assert is_kept[..., 5].all()
+    assert is_kept[..., :5].float().mean() < 0.1
+    assert output.isfinite().all()
 
 
 def test_a_turn_taken_again_in_a_graph():

@@ -131,7 +131,9 @@ def test_equal_keys_tie(backend, selector, device):
 @pytest.mark.parametrize("selector", PROBES)
 def test_one_token_and_rows_of_none(backend, selector, device):
     query, key, value = tensors(device, tokens=1)
-    assert torch.equal(run(backend, query, key, value, alpha=1.0, selector=selector).output, value)
+    # A GPU multiplies torch's float32 in parts.
+    rounding = {"rtol": 4 * torch.finfo(value.dtype).eps, "atol": 0}
+    torch.testing.assert_close(run(backend, query, key, value, alpha=1.0, selector=selector).output, value, **rounding)
     buffer = [torch.full((4, 1, 130, HEAD_DIM), bad, device=device) for bad in (math.nan, math.inf, -math.inf)]
     for tensor, alone in zip(buffer, (query, key, value), strict=True):
         tensor[2, :, 77] = alone[0, :, 0]
@@ -139,7 +141,7 @@ def test_one_token_and_rows_of_none(backend, selector, device):
     output, index = run(backend, *buffer, alpha=1.0, selector=selector, valid_ranges=ranges)
     expected = torch.zeros_like(output)
     expected[2, :, 77] = value[0, :, 0]
-    assert torch.equal(output, expected)
+    torch.testing.assert_close(output, expected, **rounding)
     assert index.counts.sum() == 1
 
 

@@ -32,6 +32,7 @@ from .primitives import (
     launch_context,
     not_before,
     padded_head_dim,
+    rounded_product,
     row_span,
 )
 from .tuning import AttendTiles, attend_tiles
@@ -117,7 +118,7 @@ def _attend(
             keys = key_desc.load([batch, key_head, start + first_key, 0]).reshape(BLOCK_N, BLOCK_D).T
         else:
             keys = tl.load(key_tile + offset * stride_ks, mask=is_key[None, :] & in_head[:, None], other=0.0)
-        logits = tl.dot(queries, keys, input_precision="ieee") * scale_log2
+        logits = rounded_product(tl.dot(queries, keys, input_precision="ieee"), scale_log2)
         distance = positions[:, None] - key_positions[None, :]
         if HAS_WINDOW:
             # One comparison: below zero is far beyond every window.
@@ -146,12 +147,8 @@ def _attend(
             keys = tl.load(key_tile + offset * stride_ks, mask=in_head[:, None], other=0.0)
         logits = tl.dot(queries, keys, input_precision="ieee")
         if ONLINE:
-            new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2)
-            weights = tl.exp2(logits * scale_log2 - new_max[:, None])
-            rescale = tl.exp2(running_max - new_max)
-            running_sum = running_sum * rescale + tl.sum(weights, 1)
-            accumulator = accumulator * rescale[:, None]
-            running_max = new_max
+            logits = rounded_product(logits, scale_log2)
+            weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
         else:
             weights = tl.exp2(logits * scale_log2 - running_max[:, None])
             running_sum += tl.sum(weights, 1)

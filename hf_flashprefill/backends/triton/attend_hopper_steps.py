@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_primitives import copy_to_shared, finish_loads, not_before
+from .hopper_primitives import copy_to_shared, finish_loads, not_before, rounded_product
 
 MEAN_WEIGHTS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 
@@ -37,9 +37,12 @@ def pack_pairs(weights):
 
 
 @gluon.jit
-def _online_step(logits, running_max, running_sum, scale_log2):
+def _online_step(logits, running_max, running_sum, scale_log2, ROUNDED: gl.constexpr):
     """Weights float32 [queries, keys] of one step's logits; per query the new maximum and partial sums, and the factor that
-    earlier results shrink by."""
+    earlier results shrink by. ROUNDED: see ``rounded_product``; otherwise huge logits may overflow or leave a sum of zero."""
+    if ROUNDED:
+        logits = rounded_product(logits, scale_log2)
+        scale_log2 = 1.0
     new_max = gl.maximum(running_max, gl.max(logits, 1) * scale_log2)
     weights = gl.exp2(logits * scale_log2 - new_max[:, None])
     rescale = gl.exp2(running_max - new_max)
@@ -112,9 +115,9 @@ def _issue_result(weights, result, buffers, barriers, now):
 
 
 @gluon.jit
-def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result_layout: gl.constexpr):
+def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result_layout: gl.constexpr, ONLINE: gl.constexpr):
     """The first keys of the query block's own block, before which there is nothing: their weights [queries, keys], and per
-    query the maximum and the partial sums; the first is query ``own_row`` of its block."""
+    query the maximum and the partial sums; the first is query ``own_row`` of its block. ONLINE: see ``compute_step``."""
     _, key_tiles, _, _ = buffers
     _, _, _, key_empty, _, _, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
@@ -126,7 +129,7 @@ def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result
     logits = _causal(logits, own_row, 0, layout, key_tiles.shape[4])
     no_max = gl.full([QUERIES], -1e30, gl.float32, row_layout)
     no_sum = _partial_sums(gl.zeros_like(logits))
-    weights, running_max, running_sum, _ = _online_step(logits, no_max, no_sum, scale_log2)
+    weights, running_max, running_sum, _ = _online_step(logits, no_max, no_sum, scale_log2, ONLINE)
     weights = gl.convert_layout(weights.to(key_tiles.dtype), gl.DotOperandLayout(0, result_layout, 2))
     return weights, running_max, running_sum
 
@@ -156,7 +159,7 @@ def compute_step(
     ``running_max`` [queries] and ``running_sum`` [queries, 8] go with the weights. Returns the same four of this step.
 
     ONLINE: the maximum rises with the logits, and what came before shrinks. Otherwise it stays that of the query block's own
-    keys, and weights beyond what float32 holds come out as infinity or NaN.
+    keys, and weights beyond what float32 holds come out as infinity or NaN, or as a sum of zero.
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
     ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
@@ -177,7 +180,7 @@ def compute_step(
         # They must have been read before the keys are released: the next ones come with the next keys.
         finish_loads()
     if KIND == "either":
-        logits = logits * scale_log2
+        logits = rounded_product(logits, scale_log2)
         scale_log2 = 1.0
         if are_means:
             logits = _weighed(logits, mean_weights.load(gl.SliceLayout(0, logits_layout)))
@@ -190,7 +193,9 @@ def compute_step(
         scale_log2 = 1.0
     IS_RISING: gl.constexpr = ONLINE or KIND == "own"
     if IS_RISING:
-        next_weights, running_max, running_sum, rescale = _online_step(logits, running_max, running_sum, scale_log2)
+        next_weights, running_max, running_sum, rescale = _online_step(
+            logits, running_max, running_sum, scale_log2, ONLINE and KIND != "either"
+        )
     else:
         next_weights = gl.exp2(logits * scale_log2 - running_max[:, None])
         running_sum += _partial_sums(next_weights)

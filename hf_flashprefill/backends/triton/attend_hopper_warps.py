@@ -38,7 +38,7 @@ from .attend_hopper_turns import (
 )
 from .hopper_primitives import copy_to_shared, finish_loads, not_before
 from .means import WIDTH
-from .primitives import LARGEST_TOTAL
+from .primitives import LARGEST_TOTAL, SMALLEST_TOTAL
 
 # Queries of a warpgroup.
 ROWS = gl.constexpr(64)
@@ -115,7 +115,7 @@ def _take_turns(
             finish_loads()
             mbarrier.arrive(query_empty.index(buffer), count=1)
         weights, running_max, running_sum = first_step(
-            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout
+            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout, ONLINE
         )
         if HAS_RANGES:
             # The block may end in padding, and weight 0 times a NaN there would still be NaN.
@@ -164,7 +164,7 @@ def _take_turns(
             row = own_row + gl.arange(0, ROWS, layout=result_row_layout)
             is_query = (row >= first_query) & (row < end_query)
             # What is not finite anywhere makes a sum of zeros NaN.
-            is_finite = (gl.sum(result * 0.0, 1) == 0) & (total < LARGEST_TOTAL)
+            is_finite = (gl.sum(result * 0.0, 1) == 0) & (total > SMALLEST_TOTAL) & (total < LARGEST_TOTAL)
             # Each warp asks for all rows. A minimum over warps would load a register in some threads only, which ptxas then
             # takes to be in use in the steps.
             is_kept = gl.convert_layout((is_finite | (is_query == 0)).to(gl.int32), gl.BlockedLayout([2], [32], [4], [0]))

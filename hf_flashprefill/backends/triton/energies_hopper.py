@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .energies import EnergyCall
-from .hopper_primitives import copy_to_shared, describe_rows, make_barriers, row_span, shared_layout
+from .hopper_primitives import copy_to_shared, describe_rows, make_barriers, plausible_sums, row_span, shared_layout
 from .primitives import copy_engine_takes, launch_context, multiprocessors
 from .tuning import energy_heads
 
@@ -53,8 +53,9 @@ def _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE: gl.const
         is_query = (column >= first_query) & (column < end_query)
         products = gl.where(is_query[None, :], products, float("-inf"))
     largest = gl.max(products, 1) * scale_log2
-    largest = gl.where(largest == float("-inf"), 0.0, largest)
-    return largest + _log2(gl.sum(gl.exp2(products * scale_log2 - largest[:, None]), 1))
+    finite = gl.where(largest == float("-inf"), 0.0, largest)
+    sums = gl.sum(gl.exp2(products * scale_log2 - finite[:, None]), 1)
+    return largest + _log2(plausible_sums(sums))
 
 
 @gluon.jit

@@ -87,3 +87,18 @@ def not_before(numbers):
     """The same int32 numbers, with which nothing is computed before this: what follows from constants alone the compiler
     computes once per program, and keeps in registers that loops need. At head_dim 256 it spilled 372 bytes so."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def plausible_sums(sums):
+    """``primitives.plausible_sums``."""
+    sums = gl.where(sums < 0.5, 1.0, sums)
+    return gl.where(sums > 2147483648.0, 2147483648.0, sums)
+
+
+@gluon.jit
+def rounded_product(numbers, factor):
+    """``primitives.rounded_product``."""
+    return gl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [numbers, factor], dtype=gl.float32, is_pure=True, pack=1
+    )

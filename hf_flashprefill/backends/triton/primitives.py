@@ -11,6 +11,9 @@ from ...probe_constants import QUERY_LEVELS, SMALLEST_STEP
 # Attention whose sums of weights are below this has met no overflow in them, and may be divided by them: from 2^126 on the
 # division says 0.
 LARGEST_TOTAL = tl.constexpr(2.0**120)
+# A sum of weights with the largest logit among them is 1 or more, unless that logit is so large that its rounding decides: see
+# ``rounded_product``.
+SMALLEST_TOTAL = tl.constexpr(2.0**-8)
 
 # Added to a float32 below 2^22 in magnitude it leaves the nearest integer in the last bits, and taken away again that integer:
 # instructions that round or convert are a quarter as fast as sums.
@@ -58,6 +61,11 @@ if triton.knobs.runtime.interpret:
         """The interpreter, which has no inline assembly, computes nothing before its turn anyway."""
         return numbers
 
+    @triton.jit
+    def rounded_product(numbers, factor):
+        """The interpreter fuses nothing."""
+        return numbers * factor
+
 else:
 
     @triton.jit
@@ -65,6 +73,22 @@ else:
         """The same int32 numbers, of any shape, with which nothing is computed before this: what the compiler can compute early
         it keeps in registers that loops need. For the rows of results at head_dim 128 up to 32 bytes were spilled."""
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def rounded_product(numbers, factor):
+        """float32 ``numbers``, of any shape, times a factor, rounded before anything is subtracted. Fused with the subtraction
+        of its own rounded size, a logit of 2^31 (base 2) leaves up to 2^7, and its weight is infinite or lost."""
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [numbers, factor], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def plausible_sums(sums):
+    """float32 sums of fewer than 2^31 weights, of which the largest is 1, where rounding leaves none of the largest logit but
+    its size: from 2^28 on (base 2) that weight may come out as anything. NaN stays."""
+    sums = tl.where(sums < 0.5, 1.0, sums)
+    return tl.where(sums > 2147483648.0, 2147483648.0, sums)
 
 
 @triton.jit

@@ -18,7 +18,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...geometry import PrefillGeometry
 from ...probe_constants import NORMALISER_GROUP
 from .pool import TILE, PooledKeys, centre_tiles
-from .primitives import compute_capability, integer_queries, launch_context, padded_head_dim, row_span
+from .primitives import (
+    compute_capability,
+    integer_queries,
+    launch_context,
+    padded_head_dim,
+    plausible_sums,
+    row_span,
+)
 from .tuning import Part, ProbeTiles, probe_tiles
 
 _NORMALISER_GROUP = tl.constexpr(NORMALISER_GROUP)
@@ -331,8 +338,8 @@ def _probe_kernel(
     largest = tl.max(running_max, 1)
     normaliser = tl.sum(running_sum * tl.exp2(running_max - largest[:, None]), 1)
     # A query without keys, or a row that is no query, must give no block a share.
-    is_voting = is_probe & (normaliser != 0)
-    log_sum = largest + tl.log2(tl.where(is_voting, normaliser, 1.0))
+    is_voting = is_probe & ((normaliser != 0) | (largest > -1e30))
+    log_sum = largest + tl.log2(plausible_sums(normaliser))
     tl.store(log_sums_ptr + row, tl.where(is_voting, log_sum, tl.where(splits == 1, float("inf"), float("-inf"))))
 
 

@@ -22,7 +22,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_primitives import copy_to_shared, integer_queries, make_barriers, not_before, row_span, shared_layout
+from .hopper_primitives import (
+    copy_to_shared,
+    integer_queries,
+    make_barriers,
+    not_before,
+    plausible_sums,
+    row_span,
+    shared_layout,
+)
 from .pool import TILE
 from .primitives import launch_context
 from .probe import ProbeCall
@@ -129,8 +137,8 @@ def _probe(
         normaliser = gl.convert_layout(normaliser, row_layout)
         largest = gl.convert_layout(largest, row_layout)
         # A query without keys, or a row that is no query, must give no block a share.
-        is_voting = (last_seen + first_token_of_split > -POOL) & (normaliser != 0)
-        log_sum = largest + gl.log2(gl.where(is_voting, normaliser, 1.0))
+        is_voting = (last_seen + first_token_of_split > -POOL) & ((normaliser != 0) | (largest > -1e30))
+        log_sum = largest + gl.log2(plausible_sums(normaliser))
         log_sum = gl.where(is_voting, log_sum, nothing)
     else:
         log_sum = nothing
