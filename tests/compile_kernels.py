@@ -1,6 +1,6 @@
 """Compile the kernels for a GPU that need not be there, and say what ptxas thought of them: a JSON line per kernel.
 
-python -m tests.compile_kernels 90
+python -m tests.compile_kernels 90 128
 """
 
 from __future__ import annotations
@@ -235,6 +235,8 @@ def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
         ("attend_hopper", torch.bfloat16, False, None, None),
         ("attend_hopper means", torch.bfloat16, True, None, None),
         ("attend_hopper sinks", torch.bfloat16, True, mean_weights, None),
+        ("attend_hopper padded", torch.bfloat16, True, None, counts),
+        ("attend_hopper float16", torch.float16, False, None, None),
         ("attend_hopper float16 padded", torch.float16, True, None, counts),
     ):
         query = torch.zeros(1, HEADS, TOKENS, head_dim, dtype=dtype)
@@ -254,14 +256,10 @@ def compiled_attend_hopper(head_dim: int) -> Iterator[tuple[str, Any]]:
         )  # fmt: skip
 
 
-def every_kernel(capability: int) -> Iterator[tuple[int, str, Any]]:
-    """(head_dim, name, compiled kernel)."""
-    for head_dim in (64, 128):
-        for named in compiled(capability, head_dim):
-            yield head_dim, *named
-    if capability == 90:
-        for named in compiled_attend_hopper(256):
-            yield 256, *named
+def every_kernel(capability: int, head_dim: int) -> Iterator[tuple[int, str, Any]]:
+    """(head_dim, name, compiled kernel); at 256 the attention for Hopper GPUs alone."""
+    for named in compiled_attend_hopper(head_dim) if head_dim == 256 else compiled(capability, head_dim):
+        yield head_dim, *named
 
 
 def with_answers(kernels: Iterator[tuple[int, str, Any]]) -> Iterator[tuple[int, str, Any, str]]:
@@ -283,7 +281,7 @@ def with_answers(kernels: Iterator[tuple[int, str, Any]]) -> Iterator[tuple[int,
 
 
 if __name__ == "__main__":
-    target = int(sys.argv[1])
+    target, dim = map(int, sys.argv[1:])
     driver.set_active(OfflineDriver(target))
-    for head_dim, name, kernel, said in with_answers(every_kernel(target)):
+    for head_dim, name, kernel, said in with_answers(every_kernel(target, dim)):
         print(json.dumps({"kernel": name, "head_dim": head_dim, **verdict(kernel, target, said)}), flush=True)

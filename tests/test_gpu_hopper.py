@@ -262,7 +262,7 @@ def test_huge_logits_pick_the_largest(head_dim, dtype, magnitude, terms, kernel)
 
 
 @pytest.mark.parametrize("selector", ["share", "blend", "peak", "flashprefill"])
-@pytest.mark.parametrize("size", [20, 28, 31, 34, 60])
+@pytest.mark.parametrize("size", [20, 28, 31, 34, 44])
 @pytest.mark.parametrize("is_portable", [False, True], ids=["hopper", "portable"])
 def test_the_one_block_of_huge_logits_is_kept(selector, size, is_portable, monkeypatch):
     """Of logits around 2^size only the size survives rounding; it must not decide which queries have a say."""

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # the README are of 3.6, with which none on Hopper does.
 LAID_ASIDE = {
     (3, 6): {(100, "blocks", 128): 20},
-    (3, 8): {(90, "attend_hopper", 256): 4},
+    (3, 8): {(90, "attend_hopper", 256): 12},
     (3, 9): {
         (90, "attend_hopper", 256): 108,
         (90, "attend_hopper", 64): 8,
@@ -36,11 +36,10 @@ def _bytes_laid_aside(capability: int, kernel: str, head_dim: int) -> int:
 
 def _fences(kernel: str, head_dim: int) -> int:
     """How many fences between memory and copy engine or products an attend kernel for Hopper asks for: one when it begins; in
-    each of two warpgroups and, in bfloat16, of two passes one after loads of queries (head_dim 64) and one after those of the
-    weights of means; padded, one after the values of each step of the own block are cleared."""
-    is_float16, steps = "float16" in kernel, 2 if head_dim == 256 else 1
-    after_loads = (head_dim == 64) + (kernel != "attend_hopper")
-    return 1 + 2 * (1 if is_float16 else 2) * after_loads + 2 * steps * ("padded" in kernel)
+    each of two warpgroups and of two passes one after loads of queries (head_dim 64) and one after those of the weights of
+    means; padded, one after the values of each step of the own block are cleared."""
+    has_means, steps = kernel not in ("attend_hopper", "attend_hopper float16"), 2 if head_dim == 256 else 1
+    return 1 + 4 * ((head_dim == 64) + has_means + steps * ("padded" in kernel))
 
 
 def test_unfenced_loads_are_seen():
@@ -110,9 +109,12 @@ def test_the_smallest_head_dim_compiles():
     assert {"_energies_kernel", "_list_energies_kernel", "_attend_kernel"} <= set(published["compiled"])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_kernels_compile_clean(capability):
-    verdicts = _lines_of("tests.compile_kernels", capability)
+def test_kernels_compile_clean(capability, head_dim):
+    if head_dim == 256 and capability != 90:
+        pytest.skip("one kernel has tiles of its own for this head dim, that for Hopper GPUs")
+    verdicts = _lines_of("tests.compile_kernels", capability, head_dim)
     expected = {
         "attend",
         "attend window sinks",
@@ -131,11 +133,18 @@ def test_kernels_compile_clean(capability):
         "run_means",
         "weigh_means",
     }
-    attend_hopper = {"attend_hopper", "attend_hopper means", "attend_hopper sinks", "attend_hopper float16 padded"}
-    expected |= attend_hopper | {"energies_hopper", "probe_hopper"} if capability == 90 else set()
-    expected = {(kernel, head_dim) for kernel in expected for head_dim in (64, 128)}
-    expected |= {(kernel, 256) for kernel in attend_hopper} if capability == 90 else set()
-    assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == expected
+    # Loops without maxima, see below.
+    attend_hopper = {
+        "attend_hopper": 2,
+        "attend_hopper means": 4,
+        "attend_hopper sinks": 4,
+        "attend_hopper padded": 4,
+        "attend_hopper float16": 0,
+        "attend_hopper float16 padded": 0,
+    }
+    expected |= {*attend_hopper, "energies_hopper", "probe_hopper"} if capability == 90 else set()
+    expected = set(attend_hopper) if head_dim == 256 else expected
+    assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(kernel, head_dim) for kernel in expected}
     for verdict in verdicts:
         allowed = _bytes_laid_aside(capability, verdict["kernel"], verdict["head_dim"])
         assert verdict["spilled"] <= allowed, verdict
@@ -147,9 +156,8 @@ def test_kernels_compile_clean(capability):
         if verdict["kernel"].startswith("attend"):
             # A loop that takes no maxima runs over the list, but float16 does not hold weights relative to the own block alone.
             # Each of the two warpgroups has such a loop of its own, with means two.
-            fewest = {"attend_hopper": 2, "attend_hopper means": 4, "attend_hopper sinks": 4, "attend_hopper float16 padded": 0}
             found = verdict["loops_without_maxima"]
-            least = fewest.get(verdict["kernel"], 1)
+            least = attend_hopper.get(verdict["kernel"], 1)
             assert found >= least, verdict
             assert (found == 0) == (least == 0), verdict
         assert verdict["warnings"] == [], verdict

@@ -5,9 +5,10 @@ the list. In the other order, or with the own block as straight-line code, ptxas
 Hopper (warning C7515).
 
 The loop over the list has no running maximum: weights are taken relative to the largest logit of the own keys, and those at the
-window's edge. If a sum or a result overflows, the program starts again with a running maximum; float16, which ends at 65504,
-always has one. Time against a running maximum throughout, in one process, without and with means: .93 and .96 at 32K tokens,
-.93 and .97 at 128K, .92 and .95 with every block of 16K tokens listed (H200, 32 query and 8 key-value heads, head_dim 128,
+window's edge. float16, which ends at 65504, always has a running maximum. If a sum or a result overflows or a sum is lost, the
+program starts again with a running maximum and with logits that are rounded before it is taken away, which a fused multiply-add
+does not do. Time against a running maximum throughout, in one process, without and with means: .93 and .96 at 32K tokens, .93
+and .97 at 128K, .92 and .95 with every block of 16K tokens listed (H200, 32 query and 8 key-value heads, head_dim 128,
 bfloat16, published densities).
 
 Sliding windows, attention sinks and the means of dropped blocks are further terms of the same softmax; each costs nothing
@@ -27,6 +28,7 @@ from ...block_index import BlockIndex
 from .means import RunMeans, first_weight, weigh_means
 from .primitives import (
     LARGEST_TOTAL,
+    SMALLEST_TOTAL,
     compute_capability,
     copy_engine_takes,
     launch_context,
@@ -57,6 +59,7 @@ def _attend(
     scale_log2,
     sliding_window,
     ONLINE: tl.constexpr,
+    ROUNDED: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,7 +76,8 @@ def _attend(
     ``positions`` [BLOCK_M], in tokens, over the list and the softmax's further terms.
 
     ONLINE: the maximum that weights are relative to rises with the logits, and what came before shrinks. Otherwise it stays
-    that of the query block's own keys, and weights beyond what float32 holds come out as infinity or NaN.
+    that of the query block's own keys, and weights beyond what float32 holds come out as infinity or NaN. ROUNDED: so do logits
+    whose rounding is worth more than that, or they are lost, unless the product is rounded first (``rounded_product``).
     """
     batch, head, own, first_position, start, key_end, list_row = place
     key_ptr, value_ptr, key_desc, value_desc, indices_ptr, counts_ptr, sinks_ptr, of_means = pointers
@@ -146,9 +150,16 @@ def _attend(
         else:
             keys = tl.load(key_tile + offset * stride_ks, mask=in_head[:, None], other=0.0)
         logits = tl.dot(queries, keys, input_precision="ieee")
-        if ONLINE:
+        if ROUNDED:
             logits = rounded_product(logits, scale_log2)
             weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
+        elif ONLINE:
+            new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2)
+            weights = tl.exp2(logits * scale_log2 - new_max[:, None])
+            rescale = tl.exp2(running_max - new_max)
+            running_sum = running_sum * rescale + tl.sum(weights, 1)
+            accumulator = accumulator * rescale[:, None]
+            running_max = new_max
         else:
             weights = tl.exp2(logits * scale_log2 - running_max[:, None])
             running_sum += tl.sum(weights, 1)
@@ -285,26 +296,25 @@ def _attend_kernel(
         pointers = (key_ptr, value_ptr, key_desc, value_desc, indices_ptr, counts_ptr, sinks_ptr, of_means)
         strides = (stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, width)
         # Weights above 65504 are infinite in float16; a prompt's first tokens may have logits 11 (natural units) above others.
-        MAY_REPEAT: tl.constexpr = key_ptr.dtype.element_ty != tl.float16
+        NEEDS_MAXIMUM: tl.constexpr = key_ptr.dtype.element_ty == tl.float16
         total, accumulator = _attend(
-            queries, positions, place, pointers, strides, scale_log2, sliding_window, not MAY_REPEAT, GROUP, HEAD_DIM, BLOCK_D,
-            BLOCK, BLOCK_M, BLOCK_N, HAS_RANGES, HAS_DESCRIPTORS, HAS_WINDOW, HAS_SINKS, HAS_MEANS,
+            queries, positions, place, pointers, strides, scale_log2, sliding_window, NEEDS_MAXIMUM, False, GROUP, HEAD_DIM,
+            BLOCK_D, BLOCK, BLOCK_M, BLOCK_N, HAS_RANGES, HAS_DESCRIPTORS, HAS_WINDOW, HAS_SINKS, HAS_MEANS,
         )  # fmt: skip
-        if MAY_REPEAT:
-            # What is not finite anywhere makes a sum of zeros NaN.
-            is_finite = (tl.sum(accumulator * 0.0, 1) == 0) & (total < LARGEST_TOTAL)
-            is_right = (is_finite | (is_query == 0)).to(tl.int32)
-            if HAS_TENSOR_MEMORY:
-                # As a matrix of one row: triton 3.6 and 3.7 cannot compile the minimum of flags that come out of tensor memory.
-                # Elsewhere the detour costs up to 1.6 % (H200, head_dim 128, bfloat16, 8K tokens).
-                all_right = tl.sum(tl.min(is_right[None, :], 1), 0)
-            else:
-                all_right = tl.min(is_right, 0)
-            if all_right == 0:
-                total, accumulator = _attend(
-                    queries, positions, place, pointers, strides, scale_log2, sliding_window, True, GROUP, HEAD_DIM, BLOCK_D,
-                    BLOCK, BLOCK_M, BLOCK_N, HAS_RANGES, HAS_DESCRIPTORS, HAS_WINDOW, HAS_SINKS, HAS_MEANS,
-                )  # fmt: skip
+        # What is not finite anywhere makes a sum of zeros NaN.
+        is_finite = (tl.sum(accumulator * 0.0, 1) == 0) & (total > SMALLEST_TOTAL) & (total < LARGEST_TOTAL)
+        is_right = (is_finite | (is_query == 0)).to(tl.int32)
+        if HAS_TENSOR_MEMORY:
+            # As a matrix of one row: triton 3.6 and 3.7 cannot compile the minimum of flags that come out of tensor memory.
+            # Elsewhere the detour costs up to 1.6 % (H200, head_dim 128, bfloat16, 8K tokens).
+            all_right = tl.sum(tl.min(is_right[None, :], 1), 0)
+        else:
+            all_right = tl.min(is_right, 0)
+        if all_right == 0:
+            total, accumulator = _attend(
+                queries, positions, place, pointers, strides, scale_log2, sliding_window, True, True, GROUP, HEAD_DIM,
+                BLOCK_D, BLOCK, BLOCK_M, BLOCK_N, HAS_RANGES, HAS_DESCRIPTORS, HAS_WINDOW, HAS_SINKS, HAS_MEANS,
+            )  # fmt: skip
         accumulator = accumulator / total[:, None]
         # Anew: kept through the loops they were spilled.
         positions = first_position + not_before(tl.arange(0, BLOCK_M))

@@ -7,12 +7,14 @@ warp fetches the next one's queries and keys while the last one's result is stil
 leave idle.
 
 The softmax has no running maximum. Weights in bfloat16 have the range of float32, so they are taken relative to the largest
-logit of the query block's own keys, which come first: nothing is compared and no result shrinks in the steps that follow, and
-a query's sum stays with the threads until the end. Where a logit is so far above (by about 83 in natural units, or less if the
-values are huge) that a sum or a result overflows, the turn is taken again after the program's last one, with a running
-maximum. float16, which ends at 65504, always has one. Time against a running maximum throughout, in one process, without and
-with means: head_dim 128 .89 and .91 at 32K tokens, .91 and .92 at 128K, .96 and .93 at 256K, .88 and .88 with every block of
-16K tokens listed; there, head_dim 64 .86 and .87, 256 .85 and .86 (H200, 32 query and 8 key-value heads, bfloat16, published
+logit of the query block's own keys, which come first: nothing is compared and no result shrinks in the steps that follow, and a
+query's sum stays with the threads until the end. float16, which ends at 65504, always has a running maximum. Where a logit is
+so far above (by about 83 in natural units, or less if the values are huge) that a sum or a result overflows, or so large that
+its rounding decides, the turn is taken again after the program's last one, with a running maximum and without fused
+multiply-adds: those of every float16 turn unfused took 1.02 to 1.08 of the time without means
+(operator-2026-11-30-h200-float16-rounded-by-before.json). Time against a running maximum throughout, in one process, without
+and with means: head_dim 128 .89 and .91 at 32K tokens, .91 and .92 at 128K, .96 and .93 at 256K, .88 and .88 with every block
+of 16K tokens listed; there, head_dim 64 .86 and .87, 256 .85 and .86 (H200, 32 query and 8 key-value heads, bfloat16, published
 densities).
 
 The means of dropped blocks come right after the own block, in steps as long as the list's, so that the list's first step runs
@@ -94,8 +96,6 @@ def _attend_hopper_kernel(
 ):
     """One program of as many as there are multiprocessors: turns until there are no more."""
     HEAD_DIM: gl.constexpr = key_desc.block_type.shape[3]
-    # Weights above 65504 are infinite in float16; a prompt's first tokens may have logits 11 (natural units) above others.
-    MAY_RETAKE: gl.constexpr = key_desc.dtype == gl.bfloat16
     buffers = (
         gl.allocate_shared_memory(query_desc.dtype, [2 * QUERY_STAGES, 1, 1, ROWS, HEAD_DIM], query_desc.layout),
         gl.allocate_shared_memory(key_desc.dtype, [STAGES, 1, 1, STEP, HEAD_DIM], key_desc.layout),
@@ -128,13 +128,13 @@ def _attend_hopper_kernel(
         [
             (
                 compute,
-                (0, shared, noted, pass_done, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
+                (0, shared, noted, pass_done, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
             ),
             (
                 compute,
-                (1, shared, noted, pass_done, MAY_RETAKE, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
+                (1, shared, noted, pass_done, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS),
             ),
-            (load, (loaded, noted, pass_done, MAY_RETAKE, GROUP, HAS_RANGES, HAS_MEANS)),
+            (load, (loaded, noted, pass_done, GROUP, HAS_RANGES, HAS_MEANS)),
         ],
         [4, 1],
         [240, 24],

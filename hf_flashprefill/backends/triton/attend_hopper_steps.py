@@ -61,11 +61,12 @@ def clear_values(buffers, barriers, now, first_unused):
     if first_unused < KEYS:
         mbarrier.wait(value_full.index(now % STAGES), (now // STAGES) & 1)
         tile = value_tiles.index(now % STAGES).reshape([KEYS, HEAD_DIM])
-        # In parts of 32 rows, which take few registers.
+        # In parts, which take few registers.
+        PART: gl.constexpr = 2048 // HEAD_DIM
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-        for first in gl.static_range(0, KEYS, 32):
-            part = tile.slice(first, 32)
-            row = first + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+        for first in gl.static_range(0, KEYS, PART):
+            part = tile.slice(first, PART)
+            row = first + not_before(gl.arange(0, PART, layout=gl.SliceLayout(1, layout)))
             values = part.load(layout)
             part.store(gl.where(row[:, None] < first_unused, values, gl.zeros_like(values)))
         fence_async_shared()
@@ -115,9 +116,9 @@ def _issue_result(weights, result, buffers, barriers, now):
 
 
 @gluon.jit
-def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result_layout: gl.constexpr, ONLINE: gl.constexpr):
+def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result_layout: gl.constexpr, ROUNDED: gl.constexpr):
     """The first keys of the query block's own block, before which there is nothing: their weights [queries, keys], and per
-    query the maximum and the partial sums; the first is query ``own_row`` of its block. ONLINE: see ``compute_step``."""
+    query the maximum and the partial sums; the first is query ``own_row`` of its block. ROUNDED: see ``_online_step``."""
     _, key_tiles, _, _ = buffers
     _, _, _, key_empty, _, _, _ = barriers
     STAGES: gl.constexpr = key_tiles.shape[0]
@@ -129,7 +130,7 @@ def first_step(query, zeros, buffers, barriers, now, own_row, scale_log2, result
     logits = _causal(logits, own_row, 0, layout, key_tiles.shape[4])
     no_max = gl.full([QUERIES], -1e30, gl.float32, row_layout)
     no_sum = _partial_sums(gl.zeros_like(logits))
-    weights, running_max, running_sum, _ = _online_step(logits, no_max, no_sum, scale_log2, ONLINE)
+    weights, running_max, running_sum, _ = _online_step(logits, no_max, no_sum, scale_log2, ROUNDED)
     weights = gl.convert_layout(weights.to(key_tiles.dtype), gl.DotOperandLayout(0, result_layout, 2))
     return weights, running_max, running_sum
 
@@ -152,6 +153,7 @@ def compute_step(
     scale_log2,
     KIND: gl.constexpr,
     ONLINE: gl.constexpr,
+    ROUNDED: gl.constexpr,
 ):
     """One step of one head: the exponentials of this step run while the step before is multiplied with its values.
 
@@ -159,7 +161,7 @@ def compute_step(
     ``running_max`` [queries] and ``running_sum`` [queries, 8] go with the weights. Returns the same four of this step.
 
     ONLINE: the maximum rises with the logits, and what came before shrinks. Otherwise it stays that of the query block's own
-    keys, and weights beyond what float32 holds come out as infinity or NaN, or as a sum of zero.
+    keys, and weights beyond what float32 holds come out as infinity or NaN. ROUNDED: see ``_online_step``.
 
     KIND says what the keys are. "own": keys from ``first`` on of the query block's own, of which the first query, the
     ``limit``-th, sees that many and one more. "listed": seen by all. "means": means, with the weights of ``weigh_means``.
@@ -180,7 +182,7 @@ def compute_step(
         # They must have been read before the keys are released: the next ones come with the next keys.
         finish_loads()
     if KIND == "either":
-        logits = rounded_product(logits, scale_log2)
+        logits = rounded_product(logits, scale_log2) if ROUNDED else logits * scale_log2
         scale_log2 = 1.0
         if are_means:
             logits = _weighed(logits, mean_weights.load(gl.SliceLayout(0, logits_layout)))
@@ -194,7 +196,7 @@ def compute_step(
     IS_RISING: gl.constexpr = ONLINE or KIND == "own"
     if IS_RISING:
         next_weights, running_max, running_sum, rescale = _online_step(
-            logits, running_max, running_sum, scale_log2, ONLINE and KIND != "either"
+            logits, running_max, running_sum, scale_log2, ROUNDED and KIND != "either"
         )
     else:
         next_weights = gl.exp2(logits * scale_log2 - running_max[:, None])

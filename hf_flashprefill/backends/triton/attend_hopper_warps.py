@@ -1,7 +1,8 @@
 """What the warps of the Hopper attend kernel do: the computing warpgroups and the loading warp, turn after turn, in two passes.
 
 Both work through the same turns, each with its steps in the same order: what one loads into a buffer, the others find there.
-The second pass takes those turns again whose sums or results overflowed, with a running maximum.
+The second pass takes those turns again whose sums or results overflowed, or whose sums were lost, with a running maximum and
+logits that are rounded before it is taken away.
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ def _take_turns(
     noted,
     turn,
     done,
-    ONLINE: gl.constexpr,
     PASS: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
     HAS_RANGES: gl.constexpr,
@@ -83,7 +83,7 @@ def _take_turns(
     HAS_MEANS: gl.constexpr,
 ):
     """Turns from the program's ``turn``-th on until there are no more, ``done`` counts steps. Returns both. ``noted`` are those
-    to be taken again, of which there are none if ONLINE."""
+    to be taken again, in pass 1."""
     buffers, barriers, announcements, pointers, strides, scale_log2 = shared
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
@@ -94,6 +94,8 @@ def _take_turns(
     HEAD_DIM: gl.constexpr = key_tiles.shape[4]
     PARTS: gl.constexpr = BLOCK // STEP
     dtype: gl.constexpr = query_tiles.dtype
+    # Weights above 65504 are infinite in float16; a prompt's first tokens may have logits 11 (natural units) above others.
+    ONLINE: gl.constexpr = PASS == 1 or dtype == gl.float16
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     result_row_layout: gl.constexpr = gl.SliceLayout(1, result_layout)
@@ -115,7 +117,7 @@ def _take_turns(
             finish_loads()
             mbarrier.arrive(query_empty.index(buffer), count=1)
         weights, running_max, running_sum = first_step(
-            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout, ONLINE
+            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout, PASS == 1
         )
         if HAS_RANGES:
             # The block may end in padding, and weight 0 times a NaN there would still be NaN.
@@ -126,19 +128,19 @@ def _take_turns(
         for step in gl.static_range(1, PARTS):
             weights, result, running_max, running_sum = compute_step(
                 query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                step * STEP, own_row, False, scale_log2, "own", ONLINE,
+                step * STEP, own_row, False, scale_log2, "own", ONLINE, PASS == 1,
             )  # fmt: skip
         if HAS_MEANS and not ONLINE:
             for step in range(PARTS, listed_from):
                 weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                    step + 1 == steps, 0, 0, True, scale_log2, "means", ONLINE,
+                    step + 1 == steps, 0, 0, True, scale_log2, "means", ONLINE, PASS == 1,
                 )  # fmt: skip
             weights = pack_pairs(weights)
             for step in range(listed_from, steps):
                 weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                    step + 1 == steps, 0, 0, False, scale_log2, "listed", ONLINE,
+                    step + 1 == steps, 0, 0, False, scale_log2, "listed", ONLINE, PASS == 1,
                 )  # fmt: skip
         else:
             # One loop for both: with two of them and a running maximum, results of 256 channels find no registers.
@@ -146,6 +148,7 @@ def _take_turns(
                 weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
                     step + 1 == steps, 0, 0, step < listed_from, scale_log2, "either" if HAS_MEANS else "listed", ONLINE,
+                    PASS == 1,
                 )  # fmt: skip
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(buffer), count=1)
@@ -160,7 +163,7 @@ def _take_turns(
             largest = gl.maximum(running_max, sink)
             # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
             total += gl.exp2(sink - largest) / gl.exp2(running_max - largest)
-        if not ONLINE:
+        if PASS == 0:
             row = own_row + gl.arange(0, ROWS, layout=result_row_layout)
             is_query = (row >= first_query) & (row < end_query)
             # What is not finite anywhere makes a sum of zeros NaN.
@@ -187,19 +190,15 @@ def compute(
     shared,
     noted,
     pass_done,
-    MAY_RETAKE: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
     HAS_RANGES: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
     """One of the two computing warpgroups: its 64 queries of the query block, turn after turn."""
-    turn, done = _take_turns(
-        warpgroup, shared, noted, 0, 0, not MAY_RETAKE, 0, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS
-    )
+    turn, done = _take_turns(warpgroup, shared, noted, 0, 0, 0, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)
     mbarrier.arrive(pass_done.index(0), count=1)
-    if MAY_RETAKE:
-        _take_turns(warpgroup, shared, noted, turn, done, True, 1, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)
+    _take_turns(warpgroup, shared, noted, turn, done, 1, QUERY_IN_REGISTERS, HAS_RANGES, HAS_SINKS, HAS_MEANS)
 
 
 @gluon.jit
@@ -294,7 +293,6 @@ def load(
     loaded,
     noted,
     pass_done,
-    MAY_RETAKE: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_RANGES: gl.constexpr,
     HAS_MEANS: gl.constexpr,
@@ -302,5 +300,4 @@ def load(
     """The loading warp."""
     turn, done = _load_turns(loaded, (-1, -1), 0, 0, 0, GROUP, HAS_RANGES, HAS_MEANS)
     last_noted = await_noted(noted, pass_done)
-    if MAY_RETAKE:
-        _load_turns(loaded, last_noted, turn, done, 1, GROUP, HAS_RANGES, HAS_MEANS)
+    _load_turns(loaded, last_noted, turn, done, 1, GROUP, HAS_RANGES, HAS_MEANS)
