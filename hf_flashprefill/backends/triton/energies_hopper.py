@@ -14,7 +14,6 @@ and 5.7 at 256K for the energies alone).
 from __future__ import annotations
 
 import torch
-from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -37,8 +36,6 @@ STAGES = gl.constexpr(2)
 # Buffers of queries, so that the next head's arrive while this one's are used.
 QUERY_STAGES = gl.constexpr(2)
 WARPGROUPS = gl.constexpr(3)
-_SMALLEST = gl.constexpr(torch.finfo(torch.float32).min)
-_KEEP_NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
@@ -56,12 +53,8 @@ def _log_energy(products, scale_log2, first_query, end_query, IS_WHOLE: gl.const
         is_query = (column >= first_query) & (column < end_query)
         products = gl.where(is_query[None, :], products, float("-inf"))
     largest = gl.max(products, 1) * scale_log2
-    reference = largest
-    if not IS_WHOLE:
-        reference = gl.maximum(largest, _SMALLEST)
-    sums = gl.sum(gl.exp2(products * scale_log2 - reference[:, None]), 1)
-    # The largest itself counts 1, but for the rounding of its size, of which 2^28 (base 2) may leave nothing. NaN stays.
-    return largest + _log2(gl.maximum(sums, 1.0, propagate_nan=_KEEP_NAN))
+    largest = gl.where(largest == float("-inf"), 0.0, largest)
+    return largest + _log2(gl.sum(gl.exp2(products * scale_log2 - largest[:, None]), 1))
 
 
 @gluon.jit

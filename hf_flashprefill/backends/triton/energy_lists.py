@@ -95,6 +95,8 @@ def _list_energies_kernel(
         for first in range(0, own + 1, BLOCK_LIST):
             blocks = first + tl.arange(0, BLOCK_LIST)
             scores = tl.load(energies_ptr + blocks, mask=blocks < own, other=float("-inf"))
+            # Of a logit from 2^31 on (base 2) a fused multiply-add may leave nothing. What is not known is kept, as NaN is.
+            scores = tl.where(scores == float("-inf"), float("nan"), scores)
             scores = tl.where(blocks == own, own_energy, scores)[None, :]
             count = append_kept(
                 scores, blocks, threshold + zero, own + zero, sink_blocks, window_blocks, keep_all, list_ptrs, count
