@@ -61,7 +61,8 @@ def clear_values(buffers, barriers, now, first_unused):
     if first_unused < KEYS:
         mbarrier.wait(value_full.index(now % STAGES), (now // STAGES) & 1)
         tile = value_tiles.index(now % STAGES).reshape([KEYS, HEAD_DIM])
-        # In parts, which take few registers.
+        # In parts, which take few registers, and with rows worked out for each: once per program they made the compiler spill
+        # 16 to 24 bytes at head_dim 256.
         PART: gl.constexpr = 2048 // HEAD_DIM
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
         for first in gl.static_range(0, KEYS, PART):
