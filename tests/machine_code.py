@@ -111,8 +111,8 @@ def scattered_reductions(ttgir: str) -> int:
 def verdict(kernel: Any, capability: int, said: str) -> dict[str, Any]:
     """Bytes spilled, registers, exponentials with no product beside them, loops that take no maxima, pairs of numbers that
     loops pack anew, bytes over which barriers are spread, releases after loads without a fence, how many releases and fences
-    there are, ptxas's warnings about serialised matrix products (C75xx), strides of 32 bits, 16-byte loads and stores, and
-    reductions over scattered threads. ``said`` is ptxas's answer."""
+    there are, ptxas's warnings about serialised matrix products (C75xx), strides of 32 bits, 16-byte loads and stores,
+    reductions over scattered threads, and products that ptxas may not fuse with a sum. ``said`` is ptxas's answer."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -134,5 +134,6 @@ def verdict(kernel: Any, capability: int, said: str) -> dict[str, Any]:
         "shared_memory": kernel.metadata.shared,
         "narrow_strides": len(re.findall(r"%stride_\w+: i32", kernel.asm.get("ttir") or kernel.asm["ttgir"])),
         "scattered_reductions": scattered_reductions(kernel.asm["ttgir"]),
+        "rounded_products": kernel.asm["ptx"].count("mul.rn.f32"),
         "vector_accesses": len(re.findall(r"(?:ld|st)\.global\.v4\.b32", kernel.asm["ptx"])),
     }

@@ -160,6 +160,8 @@ def test_kernels_compile_clean(capability, head_dim):
             least = attend_hopper.get(verdict["kernel"], 1)
             assert found >= least, verdict
             assert (found == 0) == (least == 0), verdict
+            # Fused with the subtraction of their own size, huge logits are lost; the interpreter fuses nothing.
+            assert verdict["rounded_products"] > 0, verdict
         assert verdict["warnings"] == [], verdict
         assert verdict["scattered_reductions"] == 0, verdict
         # Offsets pass 2**31 numbers where batches or prompts are large. Triton overlooks an annotation it does not know.
