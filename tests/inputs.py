@@ -109,3 +109,20 @@ def exact_dense(
             weights = torch.cat([logits, sink.to(logits).expand(len(logits), 1)], 1).softmax(-1)[:, :-1]
             output[row, head, used] = weights @ values
     return output
+
+
+def with_one_huge_block(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Query [B, Hq, S, D], key and value [B, Hkv, S, D] and the number of the only block whose keys the queries have logits of
+    2^size to 2^(size + 2) with; with others these are below 2^(size / 2 + 6)."""
+    tokens, head_dim = query.shape[2:]
+    huge = tokens // block_size // 2
+    rows = slice(huge * block_size, (huge + 1) * block_size)
+    factors = 1 + torch.rand(tokens, 1, device=query.device)
+    direction = torch.nn.functional.normalize(torch.randn(head_dim, device=query.device), dim=0)
+    direction *= head_dim**0.25 * 2 ** (size / 2)
+    query = (factors * direction).to(query.dtype).expand_as(query).contiguous()
+    key = key.clone()
+    key[:, :, rows] = (factors[rows] * direction).to(key.dtype)
+    return query, key, value, huge

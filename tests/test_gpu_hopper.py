@@ -1,7 +1,6 @@
 """The Gluon kernels for Hopper GPUs against the portable ones, which are compared with the reference everywhere."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.geometry import PrefillGeometry
-from tests.inputs import Case
-from tests.tolerance import logit_rounding
+from tests.inputs import Case, with_one_huge_block
+from tests.tolerance import clear_winners
 
 pytestmark = pytest.mark.gpu
 
@@ -233,11 +232,7 @@ def test_huge_logits_pick_the_largest(head_dim, dtype, magnitude, terms, kernel)
     query, key, value, _ = Case(1, 2, 1, tokens, tokens, head_dim, dtype=dtype).tensors(torch.device("cuda"))
     largest = torch.finfo(dtype).max
     query, key = ((tensor.float() * magnitude).clamp(-largest, largest).to(dtype) for tensor in (query, key))
-    logits = query[0].double() @ key[0, 0].double().T * (scale * math.log2(math.e))
-    logits.masked_fill_(~torch.ones_like(logits, dtype=torch.bool).tril(), -math.inf)
-    rounding = logit_rounding(query[0], key[0, 0].abs(), scale, 1, torch.float32).amax(-1)
-    first, second = logits.topk(2).values.unbind(-1)
-    is_clear = first - second > 2 * rounding + 60
+    winner, first, is_clear = clear_winners(query[0], key[0, 0], scale)
     assert is_clear.double().mean() > 0.8
     assert first.max() > 2**31
 
@@ -254,7 +249,7 @@ def test_huge_logits_pick_the_largest(head_dim, dtype, magnitude, terms, kernel)
     getattr(triton_backend, kernel).attend_blocks(
         query, key, value, index, scale=scale, output=output, sinks=sinks, means=means
     )
-    expected = value[0, 0, logits.argmax(-1)]
+    expected = value[0, 0, winner]
     # A query whose logits are all far below the sink has nothing.
     expected = expected.where((first > 0)[..., None], 0) if terms == "sinks" else expected
     torch.testing.assert_close(output[0][is_clear], expected[is_clear], rtol=2 * torch.finfo(dtype).eps, atol=0)
@@ -268,12 +263,8 @@ def test_the_one_block_of_huge_logits_is_kept(selector, size, is_portable, monke
     """Of logits around 2^size only the size survives rounding; it must not decide which queries have a say."""
     from hf_flashprefill.backends.triton import energy_lists, shares
 
-    query, key, value, _ = Case(1, 4, 2, 3000, 3000, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))
-    huge, factors = slice(5 * 128, 6 * 128), torch.rand(3000, device="cuda") + 1
-    direction = torch.randn(128, device="cuda")
-    direction = direction / direction.norm() * 128**0.25 * 2 ** (size / 2)
-    query.copy_(factors[:, None] * direction)
-    key[:, :, huge] = (factors[huge, None] * direction).to(key.dtype)
+    tensors = Case(1, 4, 2, 3000, 3000, 128, dtype=torch.bfloat16).tensors(torch.device("cuda"))[:3]
+    query, key, value, huge = with_one_huge_block(*tensors, 128, size)
     if is_portable:
         monkeypatch.setattr(shares, "probe_hopper", None)
         monkeypatch.setattr(energy_lists, "energies_hopper", None)
@@ -281,9 +272,9 @@ def test_the_one_block_of_huge_logits_is_kept(selector, size, is_portable, monke
     config = FlashPrefillConfig(selector=selector, alpha=0.5, backend="triton", **forced)
     output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
     index.validate()
-    is_kept = index.to_mask()[0, :, 6:]
-    assert is_kept[..., 5].all()
-    assert is_kept[..., :5].float().mean() < 0.1
+    is_kept = index.to_mask()[0, :, huge + 1 :]
+    assert is_kept[..., huge].all()
+    assert is_kept[..., :huge].float().mean() < 0.1
     assert output.isfinite().all()
 
 
@@ -322,7 +313,7 @@ def test_a_turn_taken_again_in_a_graph():
 @pytest.mark.parametrize("has_means", [False, True])
 def test_a_bad_value_shows_for_the_queries_that_attend_to_it(head_dim, dtype, place, bad, has_means):
     """In every channel if a key has it, in its own if a value has it, then for the whole of the block that it lies in. Turns
-    without one keep their bits; in bfloat16 those with one are taken again."""
+    without one keep their bits; those with one are taken again."""
     from hf_flashprefill.backends.triton import attend_hopper, pool_keys_and_values, run_means
 
     query, key, value, _ = Case(1, 8, 2, 3000, 3000, head_dim, dtype=dtype).tensors(torch.device("cuda"))

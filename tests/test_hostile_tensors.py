@@ -8,8 +8,8 @@ import torch
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.backends import torch as torch_backend
 from hf_flashprefill.geometry import PrefillGeometry
-from tests.inputs import exact_dense
-from tests.tolerance import attention_rounding, logit_rounding
+from tests.inputs import exact_dense, with_one_huge_block
+from tests.tolerance import attention_rounding, clear_winners
 
 BACKENDS = ("reference", "torch", "triton")
 TOKENS, HEAD_DIM, BLOCK = 140, 64, 64
@@ -52,20 +52,51 @@ def test_huge_logits_pick_the_largest(backend, selector, dtype, magnitude, scale
     """Attention of huge logits is the value at the largest; alpha = 0 keeps every block however the scores overflow."""
     query, key, value = tensors(device, dtype, magnitude)
     scale = scale or HEAD_DIM**-0.5
-    logits = query[0, 0].double() @ key[0, 0].double().T * (scale * math.log2(math.e))
-    logits = logits.masked_fill(~torch.ones_like(logits, dtype=torch.bool).tril(), -math.inf)
-    rounding = logit_rounding(query[0, 0], key[0, 0].abs(), scale, 1, torch.float32).amax(-1)
-    largest = logits.topk(2).values
-    is_clear = largest[:, 0] - largest[:, 1] > 2 * rounding + 60
+    winner, _, is_clear = clear_winners(query[0], key[0, 0], scale)
+    winner, is_clear = winner[0], is_clear[0]
     assert is_clear.sum() > TOKENS * 0.8
     output, index = run(backend, query, key, value, selector=selector, scale=scale)
     assert index.density() == 1
-    expected = value[0, 0, logits.argmax(-1)]
+    expected = value[0, 0, winner]
     torch.testing.assert_close(output[0, 0, is_clear], expected[is_clear], rtol=4 * torch.finfo(dtype).eps, atol=0)
     assert output.isfinite().all()
     sparse, index = run(backend, query, key, value, alpha=PROBES[selector], selector=selector, scale=scale)
     index.validate()
     assert sparse.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("selector", PROBES)
+@pytest.mark.parametrize("size", [20, 28, 31, 34, 44])
+def test_the_one_block_of_huge_logits_is_kept(backend, selector, size, device):
+    """Of logits around 2^size only the size survives rounding; it must not decide which queries have a say."""
+    query, key, value, huge = with_one_huge_block(*tensors(device, tokens=400), BLOCK, size)
+    output, index = run(backend, query, key, value, alpha=PROBES[selector], selector=selector)
+    index.validate()
+    is_kept = index.to_mask()[0, :, huge + 1 :]
+    assert is_kept[..., huge].all()
+    assert not is_kept[..., :huge].any()
+    assert output.isfinite().all()
+
+
+def test_a_score_that_rounding_lost_keeps_its_block(device, monkeypatch):
+    """A GPU's fused multiply-adds may leave nothing of a huge logit's energy, which is minus infinity then."""
+    from hf_flashprefill.backends.triton import energies
+
+    find_energies = energies.find_energies
+
+    def losing(call):
+        find_energies(call)
+        call.energies[:, :, 1:, 0] = -math.inf
+
+    query, key, value = tensors(device)
+    config = {"alpha": 1.0, "selector": "flashprefill"}
+    _, index = run("triton", query, key, value, **config)
+    assert not index.to_mask()[0, 0, 1:, 0].all()
+    monkeypatch.setattr(energies, "find_energies", losing)
+    _, index = run("triton", query, key, value, **config)
+    index.validate()
+    assert index.to_mask()[0, 0, 1:, 0].all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -36,6 +36,16 @@ def logit_rounding(
     return products * (factor + (0 if dtype == torch.float32 else torch.finfo(dtype).eps))
 
 
+def clear_winners(query: torch.Tensor, key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of causal queries [H, S, D] over keys [S, D]: the key with the largest logit, int64 [H, S]; that logit, base 2, float64
+    [H, S]; whether it is above all others by so much, rounding included, that it has all the weight, bool [H, S]."""
+    logits = query.double() @ key.double().T * (scale * math.log2(math.e))
+    logits.masked_fill_(~torch.ones_like(logits, dtype=torch.bool).tril(), -math.inf)
+    rounding = logit_rounding(query, key.abs(), scale, 1, torch.float32).amax(-1)
+    first, second = logits.topk(2).values.unbind(-1)
+    return logits.argmax(-1), first, first - second > 2 * rounding + 60
+
+
 def integer_rounding(queries: torch.Tensor, keys: torch.Tensor, scale: float, pool_size: int, block_size: int) -> torch.Tensor:
     """How far base-2 logits of [Hq, R, D] queries and pooled [Hkv, S, D] keys may err: [Hq, R].
 

@@ -41,10 +41,11 @@ from .tuning import AttendTiles, attend_tiles
 
 
 @triton.jit
-def _online_softmax(logits, running_max, running_sum, accumulator):
-    """Weights of one step of base-2 logits, and the maximum, sum and accumulator that earlier steps shrink to."""
-    new_max = tl.maximum(running_max, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_max[:, None])
+def _online_softmax(logits, scale_log2, running_max, running_sum, accumulator):
+    """Weights [BLOCK_M, BLOCK_N] of one step's logits, which ``scale_log2`` makes base 2, and the maximum, sum and accumulator
+    that earlier steps shrink to."""
+    new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2)
+    weights = tl.exp2(logits * scale_log2 - new_max[:, None])
     rescale = tl.exp2(running_max - new_max)
     return weights, new_max, running_sum * rescale + tl.sum(weights, 1), accumulator * rescale[:, None]
 
@@ -130,7 +131,7 @@ def _attend(
         else:
             is_seen = distance >= 0
         logits = tl.where(is_seen, logits, float("-inf"))
-        weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
+        weights, running_max, running_sum, accumulator = _online_softmax(logits, 1.0, running_max, running_sum, accumulator)
         if HAS_DESCRIPTORS:
             values = value_desc.load([batch, key_head, start + first_key, 0]).reshape(BLOCK_N, BLOCK_D)
             if HAS_RANGES:
@@ -152,14 +153,11 @@ def _attend(
         logits = tl.dot(queries, keys, input_precision="ieee")
         if ROUNDED:
             logits = rounded_product(logits, scale_log2)
-            weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
+            weights, running_max, running_sum, accumulator = _online_softmax(logits, 1.0, running_max, running_sum, accumulator)
         elif ONLINE:
-            new_max = tl.maximum(running_max, tl.max(logits, 1) * scale_log2)
-            weights = tl.exp2(logits * scale_log2 - new_max[:, None])
-            rescale = tl.exp2(running_max - new_max)
-            running_sum = running_sum * rescale + tl.sum(weights, 1)
-            accumulator = accumulator * rescale[:, None]
-            running_max = new_max
+            weights, running_max, running_sum, accumulator = _online_softmax(
+                logits, scale_log2, running_max, running_sum, accumulator
+            )
         else:
             weights = tl.exp2(logits * scale_log2 - running_max[:, None])
             running_sum += tl.sum(weights, 1)
@@ -188,7 +186,9 @@ def _attend(
             # NaN, of keys that are not finite, must not come back from a mean that stands for nothing.
             logits = tl.where(log2_tokens[None, :] >= 0, logits * scale_log2 + log2_tokens[None, :], float("-inf"))
             if ONLINE:
-                weights, running_max, running_sum, accumulator = _online_softmax(logits, running_max, running_sum, accumulator)
+                weights, running_max, running_sum, accumulator = _online_softmax(
+                    logits, 1.0, running_max, running_sum, accumulator
+                )
             else:
                 weights = tl.exp2(logits - running_max[:, None])
                 running_sum += tl.sum(weights, 1)

@@ -12,10 +12,10 @@ query's sum stays with the threads until the end. float16, which ends at 65504, 
 so far above (by about 83 in natural units, or less if the values are huge) that a sum or a result overflows, or so large that
 its rounding decides, the turn is taken again after the program's last one, with a running maximum and without fused
 multiply-adds: those of every float16 turn unfused took 1.02 to 1.08 of the time without means
-(operator-2026-11-30-h200-float16-rounded-by-before.json). Time against a running maximum throughout, in one process, without
-and with means: head_dim 128 .89 and .91 at 32K tokens, .91 and .92 at 128K, .96 and .93 at 256K, .88 and .88 with every block
-of 16K tokens listed; there, head_dim 64 .86 and .87, 256 .85 and .86 (H200, 32 query and 8 key-value heads, bfloat16, published
-densities).
+(operator-2026-11-30-h200-float16-rounded-by-before.json, -float16-rounded-dims-). Time against a running maximum throughout, in
+one process, without and with means: head_dim 128 .89 and .91 at 32K tokens, .91 and .92 at 128K, .96 and .93 at 256K, .88 and
+.88 with every block of 16K tokens listed; there, head_dim 64 .86 and .87, 256 .85 and .86 (H200, 32 query and 8 key-value
+heads, bfloat16, published densities).
 
 The means of dropped blocks come right after the own block, in steps as long as the list's, so that the list's first step runs
 beside the last of them. They add 4.6 % to the attention at 64K tokens and 3.7 % at 128K; at the end of a turn, in steps of half

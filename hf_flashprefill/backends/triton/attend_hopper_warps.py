@@ -82,8 +82,8 @@ def _take_turns(
     HAS_SINKS: gl.constexpr,
     HAS_MEANS: gl.constexpr,
 ):
-    """Turns from the program's ``turn``-th on until there are no more, ``done`` counts steps. Returns both. ``noted`` are those
-    to be taken again, in pass 1."""
+    """Turns from the program's ``turn``-th on until there are no more, ``done`` counts steps. Returns both. PASS 0 notes in
+    ``noted`` the turns that PASS 1 takes again."""
     buffers, barriers, announcements, pointers, strides, scale_log2 = shared
     query_tiles, key_tiles, _, _ = buffers
     query_full, query_empty, _, _, _, _, turn_full = barriers
@@ -96,6 +96,7 @@ def _take_turns(
     dtype: gl.constexpr = query_tiles.dtype
     # Weights above 65504 are infinite in float16; a prompt's first tokens may have logits 11 (natural units) above others.
     ONLINE: gl.constexpr = PASS == 1 or dtype == gl.float16
+    ROUNDED: gl.constexpr = PASS == 1
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     result_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     result_row_layout: gl.constexpr = gl.SliceLayout(1, result_layout)
@@ -117,7 +118,7 @@ def _take_turns(
             finish_loads()
             mbarrier.arrive(query_empty.index(buffer), count=1)
         weights, running_max, running_sum = first_step(
-            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout, PASS == 1
+            query, zeros, buffers, barriers, done, own_row, scale_log2, result_layout, ROUNDED
         )
         if HAS_RANGES:
             # The block may end in padding, and weight 0 times a NaN there would still be NaN.
@@ -128,19 +129,19 @@ def _take_turns(
         for step in gl.static_range(1, PARTS):
             weights, result, running_max, running_sum = compute_step(
                 query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step, step + 1 == steps,
-                step * STEP, own_row, False, scale_log2, "own", ONLINE, PASS == 1,
+                step * STEP, own_row, False, scale_log2, "own", ONLINE, ROUNDED,
             )  # fmt: skip
         if HAS_MEANS and not ONLINE:
             for step in range(PARTS, listed_from):
                 weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                    step + 1 == steps, 0, 0, True, scale_log2, "means", ONLINE, PASS == 1,
+                    step + 1 == steps, 0, 0, True, scale_log2, "means", ONLINE, ROUNDED,
                 )  # fmt: skip
             weights = pack_pairs(weights)
             for step in range(listed_from, steps):
                 weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
-                    step + 1 == steps, 0, 0, False, scale_log2, "listed", ONLINE, PASS == 1,
+                    step + 1 == steps, 0, 0, False, scale_log2, "listed", ONLINE, ROUNDED,
                 )  # fmt: skip
         else:
             # One loop for both: with two of them and a running maximum, results of 256 channels find no registers.
@@ -148,7 +149,7 @@ def _take_turns(
                 weights, result, running_max, running_sum = compute_step(
                     query, weights, result, running_max, running_sum, zeros, buffers, barriers, done + step,
                     step + 1 == steps, 0, 0, step < listed_from, scale_log2, "either" if HAS_MEANS else "listed", ONLINE,
-                    PASS == 1,
+                    ROUNDED,
                 )  # fmt: skip
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(buffer), count=1)

@@ -90,8 +90,8 @@ def not_before(numbers):
 
 
 @gluon.jit
-def plausible_sums(sums):
-    """``primitives.plausible_sums``."""
+def bounded_sums(sums):
+    """``primitives.bounded_sums``."""
     sums = gl.where(sums < 0.5, 1.0, sums)
     return gl.where(sums > 2147483648.0, 2147483648.0, sums)
 

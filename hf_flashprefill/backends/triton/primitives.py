@@ -84,7 +84,7 @@ else:
 
 
 @triton.jit
-def plausible_sums(sums):
+def bounded_sums(sums):
     """float32 sums of fewer than 2^31 weights, of which the largest is 1, where rounding leaves none of the largest logit but
     its size: from 2^28 on (base 2) that weight may come out as anything. NaN stays."""
     sums = tl.where(sums < 0.5, 1.0, sums)

@@ -19,11 +19,11 @@ from ...geometry import PrefillGeometry
 from ...probe_constants import NORMALISER_GROUP
 from .pool import TILE, PooledKeys, centre_tiles
 from .primitives import (
+    bounded_sums,
     compute_capability,
     integer_queries,
     launch_context,
     padded_head_dim,
-    plausible_sums,
     row_span,
 )
 from .tuning import Part, ProbeTiles, probe_tiles
@@ -339,7 +339,7 @@ def _probe_kernel(
     normaliser = tl.sum(running_sum * tl.exp2(running_max - largest[:, None]), 1)
     # A query without keys, or a row that is no query, must give no block a share.
     is_voting = is_probe & ((normaliser != 0) | (largest > -1e30))
-    log_sum = largest + tl.log2(plausible_sums(normaliser))
+    log_sum = largest + tl.log2(bounded_sums(normaliser))
     tl.store(log_sums_ptr + row, tl.where(is_voting, log_sum, tl.where(splits == 1, float("inf"), float("-inf"))))
 
 

@@ -23,11 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .hopper_primitives import (
+    bounded_sums,
     copy_to_shared,
     integer_queries,
     make_barriers,
     not_before,
-    plausible_sums,
     row_span,
     shared_layout,
 )
@@ -138,7 +138,7 @@ def _probe(
         largest = gl.convert_layout(largest, row_layout)
         # A query without keys, or a row that is no query, must give no block a share.
         is_voting = (last_seen + first_token_of_split > -POOL) & ((normaliser != 0) | (largest > -1e30))
-        log_sum = largest + gl.log2(plausible_sums(normaliser))
+        log_sum = largest + gl.log2(bounded_sums(normaliser))
         log_sum = gl.where(is_voting, log_sum, nothing)
     else:
         log_sum = nothing
