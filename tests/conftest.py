@@ -36,6 +36,13 @@ def device():
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture
+def hopper():
+    """The test needs a Hopper GPU, which the Gluon kernels are for."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Gluon kernels are for Hopper GPUs")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_measurements_of_this_machine(tmp_path_factory):
     """What somebody measured here must not decide what tests see, nor tests what anybody sees here."""
