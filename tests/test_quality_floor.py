@@ -79,22 +79,23 @@ def test_the_published_rule_does_not_with_as_many_blocks(outcomes):
     assert published["perplexity_rise"] > MOST_RISE
 
 
-@pytest.mark.parametrize(("mean_blocks", "most"), [(1, 0.9), (FlashPrefillConfig().mean_blocks, 0.95)])
+@pytest.mark.parametrize(("mean_blocks", "most", "most_of_a_head"), [(1, 0.9, 1.02), (FlashPrefillConfig().mean_blocks, 0.95, 1.1)])
 @torch.no_grad()
-def test_the_correction_hurts_no_head_of_any_layer(recall_model, mean_blocks, most):
-    """Why there is no setting to leave it out layer by layer."""
+def test_the_correction_helps_every_layer_and_hurts_no_head_much(recall_model, mean_blocks, most, most_of_a_head):
+    """Why there is no setting to leave it out layer by layer. One head of the first layer lost up to 7 % by means of eight
+    blocks, on texts of four versions of Python."""
     model, tokenizer = recall_model
     corpus = encode(tokenizer, Path(doctest.__file__).read_text(encoding="utf-8"))
-    (prompt,) = make_prompts(tokenizer, corpus, 4096, 1)
     # At the default alpha the last layer drops 14 % of its blocks, which leaves little to correct.
     base = replace(BASE, alpha=0.007)
-    for query, key, value in attention_inputs(model, prompt.ids):
-        exact = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        outputs = (
-            flash_prefill_attention(query, key, value, config=replace(base, correction=correction, mean_blocks=mean_blocks))
-            for correction in (True, False)
-        )
-        corrected, uncorrected = ((output - exact).square().sum((0, 2, 3)) for output in outputs)
-        assert (uncorrected > 0).all(), "nothing was dropped"
-        assert (corrected <= 1.02 * uncorrected).all()
-        assert corrected.sum() < most * uncorrected.sum()
+    for prompt in make_prompts(tokenizer, corpus, 4096, 2):
+        for query, key, value in attention_inputs(model, prompt.ids):
+            exact = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            outputs = (
+                flash_prefill_attention(query, key, value, config=replace(base, correction=correction, mean_blocks=mean_blocks))
+                for correction in (True, False)
+            )
+            corrected, uncorrected = ((output - exact).square().sum((0, 2, 3)) for output in outputs)
+            assert (uncorrected > 0).all(), "nothing was dropped"
+            assert (corrected <= most_of_a_head * uncorrected).all()
+            assert corrected.sum() < most * uncorrected.sum()
