@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
+from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -24,8 +25,14 @@ from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .fitting import UnsupportedModelError, eager_attention_of, layer_number, misfit_of_layer
 from .functional import DTYPES, flash_prefill_attention
-from .masking import base_mask_for
+from .masking import base_mask_for, is_captured, is_flash
 from .stats import has_record, record_compiled_audit, record_compiled_sparse, record_dense, record_sparse
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:
+    # Before transformers 5 each layer hands its weights to the next.
+    output_capturing = None
 
 logger = logging.get_logger(__name__)
 
@@ -102,10 +109,9 @@ def prefill_attention(
         misfit = misfit_of_layer(module, settings.base)
         if misfit is not None:
             raise UnsupportedModelError(misfit)
-    reason = dense_reason(settings.config, module, query, key, value, attention_mask, dropout, kwargs)
+    reason = dense_reason(settings, module, query, key, value, attention_mask, dropout, kwargs)
     if isinstance(attention_mask, CausalMask):
-        # A static cache hands over its whole buffer; the mask knows how much of it is filled.
-        key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
+        key, value = attention_mask.used(key), attention_mask.used(value)
     if reason is not None:
         record_dense(module, reason, query)
         if reason == "gradients needed" and not torch.compiler.is_compiling():
@@ -159,7 +165,7 @@ def _compiled_sparse_attention(settings, module, query, key, value, scale, valid
 
 
 def dense_reason(
-    config: FlashPrefillConfig,
+    settings: PrefillSettings,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -169,7 +175,7 @@ def dense_reason(
     kwargs: dict[str, Any],
 ) -> str | None:
     """Why this call stays dense, or None if it runs sparse."""
-    query_len = query.shape[2]
+    config, query_len = settings.config, query.shape[2]
     if query_len == 1:
         return "decode"
     if query.device.type == "meta":
@@ -204,15 +210,18 @@ def dense_reason(
             return "torch.vmap"
     if dropout:
         return "dropout"
-    asks_for_weights = kwargs.get("output_attentions")
-    if asks_for_weights is None:
-        asks_for_weights = getattr(getattr(module, "config", None), "output_attentions", False)
-    if asks_for_weights:
+    if _asks_for_weights(module, kwargs.get("output_attentions")):
         return "output_attentions"
     if not isinstance(attention_mask, CausalMask):
         return COMPILED_MASK if torch.compiler.is_compiling() else "mask is not plain causal"
-    if key_len > key.shape[2]:
-        return "mask is longer than the keys"
+    if not attention_mask.is_of(key):
+        return "keys are not those of the mask"
+    if is_flash(settings.base) and kwargs.get("position_ids") is not None:
+        is_packed = _is_packed(attention_mask, kwargs["position_ids"], query.shape[0])
+        if is_packed is None:
+            return COMPILED_MASK
+        if is_packed:
+            return "packed sequences"
     window = kwargs.get("sliding_window") or key_len
     if (window if window < key_len else None) != type(attention_mask).sliding_window:
         return "the layer's window is not the mask's"
@@ -221,6 +230,35 @@ def dense_reason(
     if query.dtype not in DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         return "unsupported dtype"
     return None
+
+
+def _asks_for_weights(module: nn.Module, given: bool | None) -> bool:
+    """Whether attention weights are asked for, by the call or by the model's config."""
+    if given is None:
+        given = getattr(getattr(module, "config", None), "output_attentions", False)
+    if given or output_capturing is None:
+        return bool(given)
+    # Not every layer passes on what its model was asked for, but transformers collects what layers return all the same.
+    collector = output_capturing._active_collector
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return collected is not None and "attentions" in collected
+
+
+def _is_packed(mask: CausalMask, position_ids: torch.Tensor, batch: int) -> bool | None:
+    """Whether flash attention takes the row for several sequences, as their positions say; None if it cannot be known here.
+
+    transformers' masks look for them only where there is no cache, flash attention in every layer, if it gets no mask.
+    """
+    if batch != 1 or mask.padding() is not None or type(mask).buffer_length is not None:
+        return False
+    if torch.compiler.is_compiling() or is_captured(position_ids):
+        return None
+    # The layers share mask and positions. Asked once, the device is waited for once.
+    known, answer = getattr(mask, "packing", (None, None))
+    if known is not position_ids:
+        answer = bool(_is_packed_sequence(position_ids, batch))
+        mask.packing = (position_ids, answer)
+    return answer
 
 
 def dense_attention(
@@ -244,7 +282,7 @@ def dense_attention(
         function = eager_attention_of(type(module))
     else:
         function = ALL_ATTENTION_FUNCTIONS[base]
-        if "flash" in base or "/" in base:
+        if is_flash(base):
             module = _UnderBaseName(module, base)
     return function(module, query, key, value, attention_mask, **kwargs)
 

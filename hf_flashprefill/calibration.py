@@ -204,9 +204,9 @@ class _Measurement:
         return ", ".join(sorted(self.dense)) or "their attention was not called"
 
     def attention(self, settings, module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-        reason = dense_reason(settings.config, module, query, key, value, attention_mask, dropout, kwargs)
+        reason = dense_reason(settings, module, query, key, value, attention_mask, dropout, kwargs)
         if isinstance(attention_mask, CausalMask):
-            key, value = (tensor[:, :, : attention_mask.shape[1]] for tensor in (key, value))
+            key, value = attention_mask.used(key), attention_mask.used(value)
             if reason is None and attention_mask.sliding_window is not None:
                 reason = "sliding window"
         if reason is None:

@@ -13,17 +13,19 @@ from .fitting import UnsupportedModelError
 class CausalMask(torch.Tensor):
     """Bool [B, valid length]: which of the keys before ``valid length`` are real tokens, one run per row.
 
-    Its presence says that the call is causal with the query's end at ``valid length``; keys after that are unused cache. The
-    class survives ``.to(device)``, so a mask that accelerate moves between devices is still known. Without padding it is
-    one expanded True of no size.
+    Its presence says that the call is causal with the query's end at ``valid length``. The class survives ``.to(device)``, so
+    a mask that accelerate moves between devices is still known. Without padding it is one expanded True of no size.
 
     Attributes:
         sliding_window: How many tokens back a query sees, its own included: fewer than ``valid length``; None if all. It is
             the class that has it, see ``mask_class``: an attribute of the tensor would be lost with the first copy, and the
             mask would pass for one without a window.
+        buffer_length: How many keys a layer hands over, those of a static cache: more than ``valid length``, after which
+            they are unused; None if a layer hands over ``valid length`` keys. It is the class that has it, too.
     """
 
     sliding_window: int | None = None
+    buffer_length: int | None = None
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -48,7 +50,7 @@ class CausalMask(torch.Tensor):
         result = super().__torch_function__(function, types, args, kwargs)
         if not isinstance(result, torch.Tensor):
             return result
-        if not _keeps_rows(function.__name__, args, kwargs) or result.dtype not in (torch.bool, _COUNTED_AS):
+        if not _keeps_rows(function.__name__, result, args, kwargs) or result.dtype not in (torch.bool, _COUNTED_AS):
             raise _none_to_calculate_with(function.__name__)
         return result
 
@@ -60,6 +62,16 @@ class CausalMask(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             expanded = moved[:, :1].expand(self.shape)
         return expanded.as_subclass(type(self))
+
+    def is_of(self, key: torch.Tensor) -> bool:
+        """Whether it was made for as many keys as these, [B, Hkv, Skv, D]: caches of other layers may hold more or fewer."""
+        # A graph finds the attribute at the class alone.
+        buffer_length = type(self).buffer_length
+        return key.shape[2] == (self.shape[1] if buffer_length is None else buffer_length)
+
+    def used(self, keys: torch.Tensor) -> torch.Tensor:
+        """Of keys or values that it is of, [B, Hkv, Skv, D], those before ``valid length``; others as they are."""
+        return keys if type(self).buffer_length is None or not self.is_of(keys) else keys[:, :, : self.shape[1]]
 
     def valid_ranges(self) -> torch.Tensor | None:
         """int32 [B, 2] as flash_prefill_attention takes them, or None when nothing is padding. Never waits."""
@@ -97,21 +109,24 @@ _WHOLE = ("__get__", "to", "clone", "contiguous", "cpu", "cuda", "detach", "pin_
 _ALONG = {"index_select": 1, "repeat_interleave": 2}
 
 
-def _keeps_rows(name: str, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _keeps_rows(name: str, result: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether every row of the result of a function is, whole, the mask of a row before."""
     if name in _ALONG:
         return (args[_ALONG[name]] if len(args) > _ALONG[name] else kwargs.get("dim")) == 0
+    if name in ("view", "reshape"):
+        # GPT-2 does so with every mask of fewer than four dimensions.
+        return result.shape == args[0].shape
     if name == "__getitem__":
         return isinstance(args[1], slice) or (isinstance(args[1], torch.Tensor) and args[1].dim() == 1)
     return name in _WHOLE
 
 
 @functools.cache
-def mask_class(sliding_window: int | None) -> type[CausalMask]:
-    """CausalMask, or its subclass for one sliding window."""
-    if sliding_window is None:
+def mask_class(sliding_window: int | None, buffer_length: int | None = None) -> type[CausalMask]:
+    """CausalMask, or its subclass for one sliding window and one length of a static cache."""
+    if sliding_window is None and buffer_length is None:
         return CausalMask
-    return type("WindowedCausalMask", (CausalMask,), {"sliding_window": sliding_window})
+    return type("OtherCausalMask", (CausalMask,), {"sliding_window": sliding_window, "buffer_length": buffer_length})
 
 
 # No class method: a graph of torch 2.15 does not follow one of a class that it got from _constant_mask_class.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .fitting import heads_of
+
 # Every reason that ``attention.dense_reason`` gives but "decode": counting that would cost every decode step a write.
 DENSE_REASONS = (
     "meta device",
@@ -27,7 +29,7 @@ DENSE_REASONS = (
     "output_attentions",
     "mask unknown while compiling",
     "mask is not plain causal",
-    "mask is longer than the keys",
+    "keys are not those of the mask",
     "the layer's window is not the mask's",
     "value head_dim differs",
     "unsupported dtype",
@@ -77,7 +79,7 @@ class CompiledCounts:
     @classmethod
     def for_layer(cls, module: nn.Module) -> CompiledCounts | None:
         """Lasting counts where an attention layer's weights are; None if that, or how many heads it has, is not known."""
-        heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+        heads = heads_of(module)
         weight = next(module.parameters(), None)
         if not isinstance(heads, int) or weight is None or weight.device.type == "meta":
             return None

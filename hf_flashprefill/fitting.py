@@ -105,6 +105,16 @@ def misfit_of_layer(layer: nn.Module, base: str) -> str | None:
     return None
 
 
+def heads_of(layer: nn.Module) -> int | None:
+    """Query heads of a layer, or None if neither it nor its config tells."""
+    config = getattr(layer, "config", None)
+    try:
+        return getattr(config, "num_attention_heads", None)
+    except RuntimeError:
+        # They differ between layers.
+        return getattr(layer, "num_heads", None) or getattr(layer, "num_attention_heads", None)
+
+
 def layer_number(layer: nn.Module) -> int | None:
     """Which of the model's layers it is, or None: Zamba2's share their modules, and these say -1."""
     number = getattr(layer, "layer_idx", None)

@@ -42,7 +42,29 @@ def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> A
     if cuts_masks(arguments.get("config")) and _query_span(arguments)[0] > 1:
         # No mask at all stands for queries that begin where the keys begin. The model knows that of "sdpa" by its name only.
         arguments["allow_is_causal_skip"] = False
+    if is_flash(base) and arguments.get("attention_mask") is None:
+        arguments["attention_mask"] = _mask_of_filled_keys(arguments)
     return base_mask(base, **arguments)
+
+
+def is_flash(base: str) -> bool:
+    """Whether an implementation is flash attention, or a kernel of the hub, which transformers calls as such."""
+    return "flash" in base or "/" in base
+
+
+def _mask_of_filled_keys(arguments: dict[str, Any]) -> torch.Tensor | None:
+    """Ones for the keys that a static cache has, [B, filled]; None for other keys.
+
+    Flash attention tells by the length of such a mask which keys to attend; ``generate`` drops a mask of ones, unless it knows
+    the model's attention for flash.
+    """
+    query_length, query_offset = _query_span(arguments)
+    if arguments["kv_length"] == query_length or _device(arguments).type == "meta":
+        return None
+    filled = int(query_offset) + query_length
+    if filled >= arguments["kv_length"] + int(arguments.get("kv_offset", 0)):
+        return None
+    return torch.ones(arguments["batch_size"], filled, dtype=torch.bool, device=_device(arguments))
 
 
 def prefill_mask_by_name(base: str, settings: FlashPrefillConfig, **arguments: Any) -> Any:
@@ -70,12 +92,12 @@ def _is_long_enough(settings: FlashPrefillConfig, arguments: dict[str, Any]) -> 
     if reaches(query_length):
         return True
     # Where the queries stand may be a number on the device. Only a call whose keys may suffice need wait for it.
-    if not reaches(arguments["kv_length"]) or _is_captured(query_offset):
+    if not reaches(arguments["kv_length"]) or is_captured(query_offset):
         return False
     return reaches(query_length + int(query_offset) - int(arguments.get("kv_offset", 0)))
 
 
-def _is_captured(number: Any) -> bool:
+def is_captured(number: Any) -> bool:
     """Whether a number is on a device whose work a CUDA graph captures, so that it cannot be read."""
     return isinstance(number, torch.Tensor) and number.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -103,7 +125,7 @@ def base_mask(base: str, **arguments: Any) -> Any:
 def base_mask_for(base: str, mask: CausalMask, query: torch.Tensor, config: Any) -> Any:
     """The mask that implementation ``base`` needs for the causal call that ``mask`` describes.
 
-    Keys must have been cut to the mask's length first.
+    A static cache's keys must have been cut to the mask's length first.
     """
     (batch, valid_length), query_length = mask.shape, query.shape[2]
     offset, window = valid_length - query_length, type(mask).sliding_window
@@ -144,6 +166,8 @@ def _compiled_mask(arguments: dict[str, Any]) -> CausalMask | None:
     plain_up_to, window = _compiled_locality(arguments)
     valid_length = query_offset + query_length
     if _is_nonzero(arguments.get("kv_offset", 0)) or (valid_length > plain_up_to and window is None):
+        return None
+    if arguments["kv_length"] != valid_length:
         return None
     marker = CausalMask if valid_length <= plain_up_to else _constant_mask_class(window)
     return without_padding(marker, arguments["batch_size"], valid_length, arguments["device"])
@@ -217,9 +241,10 @@ def _causal_mask(arguments: dict[str, Any]) -> CausalMask | None:
         window = None
     elif window is None:
         return None
-    if key_offset and (window is None or valid_length != arguments["kv_length"]):
+    key_length = int(arguments["kv_length"])
+    if key_length < valid_length or (key_offset and (window is None or key_length != valid_length)):
         return None
-    marker = mask_class(window)
+    marker = mask_class(window, None if key_length == valid_length else key_length)
     padding = arguments.get("attention_mask")
     if padding is None:
         return without_padding(marker, arguments["batch_size"], valid_length, _device(arguments))

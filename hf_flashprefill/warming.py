@@ -15,6 +15,7 @@ from .config import AUTO, FlashPrefillConfig
 from .crossover import LayerShape, measure_crossover, min_seq_len_for
 from .crossover.known import known_crossover, rule_of
 from .crossover.measure import lengths_to_time
+from .fitting import heads_of
 from .functional import DTYPES, flash_prefill_attention
 from .patch import _SeamPart, patched_config
 
@@ -104,7 +105,7 @@ def _layer_kinds(part: _SeamPart, config: FlashPrefillConfig) -> Iterator[LayerK
     for module in part.attention_modules():
         dims = [getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "head_size")]
         head_dim = next((dim for dim in dims if dim), None)
-        heads = _heads_of(module)
+        heads = heads_of(module)
         if heads is None or module.layer_idx in config.dense_layers or getattr(module, "v_head_dim", head_dim) != head_dim:
             continue
         kv_heads = heads // getattr(module, "num_key_value_groups", 1)
@@ -119,15 +120,6 @@ def _layer_kinds(part: _SeamPart, config: FlashPrefillConfig) -> Iterator[LayerK
             windows.append(module.config.sliding_window)
         for window in windows:
             yield LayerKind(shape, device, window, getattr(module, "sinks", None) is not None)
-
-
-def _heads_of(module: nn.Module) -> int | None:
-    """Query heads of a layer, or None if neither it nor its config tells."""
-    try:
-        return module.config.num_attention_heads
-    except RuntimeError:
-        # They differ between layers.
-        return getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
 
 
 def _device_and_dtype(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:

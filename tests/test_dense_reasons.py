@@ -4,19 +4,22 @@ import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig
-from hf_flashprefill.attention import dense_reason
-from hf_flashprefill.causal_mask import CausalMask
+from hf_flashprefill.attention import PrefillSettings, dense_reason
+from hf_flashprefill.causal_mask import mask_class
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH
 from tests.inputs import tiny_model
 
 
-def reason(model=None, key_len=LENGTH, dtype=torch.float32, mask_len=LENGTH, value_dim=32, dropout=0.0, **arguments):
+def reason(
+    model=None, key_len=LENGTH, dtype=torch.float32, mask_len=LENGTH, buffer_len=None, value_dim=32, dropout=0.0, **arguments
+):
     """Of a call of the first layer that would run sparse but for what is named."""
-    model = model or tiny_model()
+    model, settings = model or tiny_model(), PrefillSettings(FlashPrefillConfig(**SETTINGS), "sdpa")
     query, key = torch.zeros(1, 4, LENGTH, 32, dtype=dtype), torch.zeros(1, 2, key_len, 32, dtype=dtype)
-    mask, layer = torch.ones(1, mask_len, dtype=torch.bool).as_subclass(CausalMask), model.model.layers[0].self_attn
-    return dense_reason(FlashPrefillConfig(**SETTINGS), layer, query, key, key[..., :value_dim], mask, dropout, arguments)
+    mask, layer = torch.ones(1, mask_len, dtype=torch.bool), model.model.layers[0].self_attn
+    mask = mask.as_subclass(mask_class(None, buffer_len))
+    return dense_reason(settings, layer, query, key, key[..., :value_dim], mask, dropout, arguments)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +39,11 @@ def reason(model=None, key_len=LENGTH, dtype=torch.float32, mask_len=LENGTH, val
         ({"is_causal": True}, None),
         ({"output_attentions": True}, "output_attentions"),
         ({"dropout": 0.1}, "dropout"),
-        ({"mask_len": LENGTH + 1}, "mask is longer than the keys"),
-        ({"key_len": LENGTH + 1}, None),
+        ({"mask_len": LENGTH + 1}, "keys are not those of the mask"),
+        ({"key_len": LENGTH + 1}, "keys are not those of the mask"),
+        ({"key_len": LENGTH + 1, "buffer_len": LENGTH + 1}, None),
+        ({"key_len": LENGTH + 1, "buffer_len": LENGTH + 2}, "keys are not those of the mask"),
+        ({"buffer_len": LENGTH + 1}, "keys are not those of the mask"),
         ({"value_dim": 16}, "value head_dim differs"),
         ({"sliding_window": LENGTH - 1}, "the layer's window is not the mask's"),
         ({"sliding_window": LENGTH}, None),

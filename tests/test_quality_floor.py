@@ -79,7 +79,9 @@ def test_the_published_rule_does_not_with_as_many_blocks(outcomes):
     assert published["perplexity_rise"] > MOST_RISE
 
 
-@pytest.mark.parametrize(("mean_blocks", "most", "most_of_a_head"), [(1, 0.9, 1.02), (FlashPrefillConfig().mean_blocks, 0.95, 1.1)])
+@pytest.mark.parametrize(
+    ("mean_blocks", "most", "most_of_a_head"), [(1, 0.9, 1.02), (FlashPrefillConfig().mean_blocks, 0.95, 1.1)]
+)
 @torch.no_grad()
 def test_the_correction_helps_every_layer_and_hurts_no_head_much(recall_model, mean_blocks, most, most_of_a_head):
     """Why there is no setting to leave it out layer by layer. One head of the first layer lost up to 7 % by means of eight

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,6 +24,8 @@ from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH, PADDED, SITUATIONS, padding, prompt
 from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
+
+IS_OLD = int(transformers.__version__.split(".")[0]) < 5
 
 
 @torch.no_grad()
@@ -278,6 +281,59 @@ def test_weights_asked_for_by_the_config_stay_dense():
     assert prefill_stats(model).dense_calls == {"output_attentions": 2}
     assert model(prompt(), output_attentions=False).attentions is None
     assert prefill_stats(model).sparse_calls == 2
+
+
+@pytest.mark.skipif(IS_OLD, reason="before transformers 5 layers are handed the flag")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("stablelm", {}),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+    ],
+)
+@torch.no_grad()
+def test_weights_are_given_where_layers_do_not_pass_on_that_they_are_asked_for(family, options):
+    """transformers collects them from what each layer returns."""
+    model = tiny_model(family, "eager", **options)
+    expected = model(prompt(), output_attentions=True).attentions
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(torch.stack(model(prompt(), output_attentions=True).attentions), torch.stack(expected))
+    assert prefill_stats(model).dense_calls == {"output_attentions": 2}
+    asked = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 2, "do_sample": False}
+    weights = model.generate(prompt(), attention_mask=torch.ones_like(prompt()), **asked).attentions
+    assert [len(step) for step in weights] == [2, 2]
+    assert model(prompt()).attentions is None
+    assert prefill_stats(model).sparse_calls == 2
+
+
+@pytest.mark.skipif(IS_OLD, reason="GPT-2 makes its masks in a way of its own")
+@torch.no_grad()
+def test_gpt2_may_view_its_mask_as_it_is():
+    """Its model does so with any mask of two dimensions, as a static cache's is, made before the model is called."""
+    model = tiny_model("gpt2", n_embd=64, n_layer=2, n_head=4)
+    options = {"cache_implementation": "static", "disable_compile": True, "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(prompt(), attention_mask=torch.ones_like(prompt()), **options)
+    patch_model(model, alpha=0, **SETTINGS)
+    assert torch.equal(model.generate(prompt(), attention_mask=torch.ones_like(prompt()), **options), expected)
+    assert prefill_stats(model).sparse_calls == 2
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Step3p7Config"), reason="needs a transformers with Step 3.7")
+@torch.no_grad()
+def test_layers_of_different_numbers_of_heads():
+    """Their config refuses to name one number for all."""
+    text = tiny_model().config.to_dict() | {"head_dim": 16, "num_sliding_attention_heads": 8, "sliding_window": 64}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "mlp_layer_types": ["dense", "dense"]}
+    text |= {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "share_expert_dim": 32}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = transformers.Step3p7Config(text_config=text, vision_config=vision | {"patch_size": 14})
+    model = transformers.Step3p7ForConditionalGeneration._from_config(config).eval()
+    expected = model(input_ids=prompt()).logits
+    patch_model(model, alpha=0, **SETTINGS)
+    assert_same_output(model(input_ids=prompt()).logits, expected)
+    assert prefill_stats(model).sparse_calls == 2
+    assert [len(layer.head_density) for layer in prefill_stats(model).layers] == [8, 4]
 
 
 @torch.no_grad()
