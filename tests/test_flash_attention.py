@@ -13,6 +13,10 @@ from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
 
 NAME = "flash_attention_2"
+IS_OLD = int(transformers.__version__.split(".")[0]) < 5
+WITH_STATIC_CACHE = pytest.mark.skipif(
+    IS_OLD, reason="flash attention of transformers 4 attends what a static cache does not hold"
+)
 
 
 def attention(query, key, value, softmax_scale=None, causal=False, window_size=(-1, -1), s_aux=None):
@@ -46,8 +50,7 @@ def varlen_attention(
 @pytest.fixture
 def flash_model(monkeypatch):
     """Builds tiny models with flash attention; the same family has the same weights each time."""
-    is_old = int(transformers.__version__.split(".")[0]) < 5
-    functions = (attention, varlen_attention, *(() if is_old else (None,)), flash._pad_input, flash._unpad_input)
+    functions = (attention, varlen_attention, *(() if IS_OLD else (None,)), flash._pad_input, flash._unpad_input)
     monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: functions)
     for name in ("_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn"):
         monkeypatch.setattr(flash, name, None, raising=False)
@@ -90,10 +93,10 @@ def test_the_kernels_in_torch_answer_as_sdpa_does(flash_model, family):
     ("length", "options", "patch", "sparse_calls"),
     [
         (LENGTH, {}, {}, 2),
-        (LENGTH, STATIC, {}, 2),
-        (LENGTH, {**STATIC, "prefill_chunk_size": 60}, {}, 6),
-        (LENGTH, STATIC, {"dense_layers": [0, 1]}, 0),
-        (20, STATIC, {}, 0),
+        pytest.param(LENGTH, STATIC, {}, 2, marks=WITH_STATIC_CACHE),
+        pytest.param(LENGTH, {**STATIC, "prefill_chunk_size": 60}, {}, 6, marks=WITH_STATIC_CACHE),
+        pytest.param(LENGTH, STATIC, {"dense_layers": [0, 1]}, 0, marks=WITH_STATIC_CACHE),
+        pytest.param(20, STATIC, {}, 0, marks=WITH_STATIC_CACHE),
     ],
     ids=["dynamic", "static", "static in chunks", "static, dense layers", "static, short"],
 )
@@ -132,7 +135,8 @@ def test_sequences_packed_by_positions_stay_apart(flash_model, family, use_cache
     assert prefill_stats(model).sparse_calls == 0
     # A plain prompt is not taken for one that is packed.
     assert_same_output(model(prompt(), use_cache=use_cache).logits, together)
-    assert prefill_stats(model).sparse_calls == 2
+    if use_cache or not IS_OLD:
+        assert prefill_stats(model).sparse_calls == 2
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from tests.inputs import tiny_model
 from tests.tolerance import assert_same_output
 
 IS_OLD = int(transformers.__version__.split(".")[0]) < 5
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
 @torch.no_grad()
@@ -289,7 +290,7 @@ def test_weights_asked_for_by_the_config_stay_dense():
     [
         ("stablelm", {}),
         ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}),
-        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+        ("gpt2", GPT2),
     ],
 )
 @torch.no_grad()
@@ -311,7 +312,7 @@ def test_weights_are_given_where_layers_do_not_pass_on_that_they_are_asked_for(f
 @torch.no_grad()
 def test_gpt2_may_view_its_mask_as_it_is():
     """Its model does so with any mask of two dimensions, as a static cache's is, made before the model is called."""
-    model = tiny_model("gpt2", n_embd=64, n_layer=2, n_head=4)
+    model = tiny_model("gpt2", **GPT2)
     options = {"cache_implementation": "static", "disable_compile": True, "max_new_tokens": 4, "do_sample": False}
     expected = model.generate(prompt(), attention_mask=torch.ones_like(prompt()), **options)
     patch_model(model, alpha=0, **SETTINGS)
