@@ -24,7 +24,7 @@ from .config import FlashPrefillConfig
 from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .fitting import UnsupportedModelError, eager_attention_of, layer_number, misfit_of_layer
-from .functional import DTYPES, flash_prefill_attention
+from .functional import DTYPES, flash_prefill_attention, lacks_kernel
 from .masking import base_mask_for, is_captured, is_flash
 from .stats import has_record, record_compiled_audit, record_compiled_sparse, record_dense, record_sparse
 
@@ -187,6 +187,8 @@ def dense_reason(
         return "shorter than min_seq_len"
     if getattr(module, "layer_idx", None) in config.dense_layers:
         return "dense layer"
+    if lacks_kernel(config.backend, query.device, query.dtype, query.shape[3]):
+        return "no GPU kernel"
     for name, reason in FOREIGN_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason

@@ -15,6 +15,7 @@ DENSE_REASONS = (
     "meta device",
     "shorter than min_seq_len",
     "dense layer",
+    "no GPU kernel",
     "attention sinks",
     "softcap",
     "position bias",

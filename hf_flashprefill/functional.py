@@ -231,7 +231,22 @@ def resolve_backend(name: str, query: torch.Tensor) -> ModuleType:
     return torch_backend
 
 
-def triton_obstacle(query: torch.Tensor) -> str | None:
+class TensorKind(NamedTuple):
+    """What of a tensor decides whether kernels can take it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+# A graph takes the answer as it is.
+@torch._dynamo.assume_constant_result
+def lacks_kernel(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether ``"auto"`` serves such tensors in torch on a GPU, where dense attention is faster."""
+    return backend == "auto" and device.type == "cuda" and triton_obstacle(TensorKind(device, dtype, (head_dim,))) is not None
+
+
+def triton_obstacle(query: torch.Tensor | TensorKind) -> str | None:
     """Why the triton backend cannot take tensors like ``query``, or None."""
     try:
         from .backends import triton

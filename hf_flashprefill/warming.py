@@ -16,7 +16,7 @@ from .crossover import LayerShape, measure_crossover, min_seq_len_for
 from .crossover.known import known_crossover, rule_of
 from .crossover.measure import lengths_to_time
 from .fitting import heads_of
-from .functional import DTYPES, flash_prefill_attention
+from .functional import DTYPES, flash_prefill_attention, lacks_kernel
 from .patch import _SeamPart, patched_config
 
 
@@ -112,6 +112,8 @@ def _layer_kinds(part: _SeamPart, config: FlashPrefillConfig) -> Iterator[LayerK
         shards = processes if kv_heads % processes == 0 else 1
         device, dtype = _device_and_dtype(module, part.model)
         if head_dim is None or dtype not in DTYPES or device.type == "meta":
+            continue
+        if lacks_kernel(config.backend, device, dtype, head_dim):
             continue
         shape = LayerShape(heads // shards, kv_heads // shards, head_dim, dtype)
         windows = [getattr(module, "sliding_window", None)]

@@ -201,7 +201,7 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
         ),
     )  # fmt: skip
 
-    if capability == 90:
+    if capability == 90 and head_dim <= 128:
         tiles = probe_hopper.tiles_for(query)
         described = [probe_hopper._describe(pooled, rows) for rows in (TILE, 8 * pool.centre_tiles(4))]
         yield (
@@ -212,16 +212,15 @@ def compiled(capability: int, head_dim: int) -> Iterator[tuple[str, Any]]:
             ),
         )  # fmt: skip
 
-        if head_dim <= 128:
-            means_layout = gl.NVMMASharedLayout.get_default_for([64, head_dim], gl.bfloat16)
-            described = energies_hopper.TensorDescriptor.from_tensor(key.view(-1, head_dim), [64, head_dim], means_layout)
-            yield (
-                "energies_hopper",
-                energies_hopper._energies_hopper_kernel.warmup(
-                    hopper_primitives.describe_rows(query, BLOCK), described, None, scores, 0.1, *lengths, 4, 4, 4, 4,
-                    GROUP=group, HAS_RANGES=False, num_warps=4, enable_fp_fusion=True, grid=(1,),
-                ),
-            )  # fmt: skip
+        means_layout = gl.NVMMASharedLayout.get_default_for([64, head_dim], gl.bfloat16)
+        described = energies_hopper.TensorDescriptor.from_tensor(key.view(-1, head_dim), [64, head_dim], means_layout)
+        yield (
+            "energies_hopper",
+            energies_hopper._energies_hopper_kernel.warmup(
+                hopper_primitives.describe_rows(query, BLOCK), described, None, scores, 0.1, *lengths, 4, 4, 4, 4,
+                GROUP=group, HAS_RANGES=False, num_warps=4, enable_fp_fusion=True, grid=(1,),
+            ),
+        )  # fmt: skip
         yield from compiled_attend_hopper(head_dim)
 
 

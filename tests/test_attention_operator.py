@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention, functional, reference
+from hf_flashprefill.backends import triton as triton_backend
 from hf_flashprefill.config import SELECTORS
 from tests.inputs import UGLY_CASES, Case, exact_dense
 from tests.tolerance import assert_no_worse_than_eager, assert_same_output
@@ -252,9 +253,51 @@ def test_bad_input_names_the_argument(change, error, message):
         flash_prefill_attention(**(arguments | change))
 
 
+@pytest.mark.parametrize("head_dim", [264, 512])
+@pytest.mark.parametrize("correction", [False, True])
+def test_wide_heads(head_dim, correction, device):
+    """Their tiles are others. Gemma 4's layers without a window have head_dim 512."""
+    case = Case(1, 2, 1, 140, 500, head_dim, dtype=torch.bfloat16 if device.type == "cuda" else torch.float16)
+    query, key, value, _ = case.tensors(device)
+    for rule in ({"alpha": 0.2}, {"alpha": 0.9, "selector": "flashprefill"}):
+        dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0, "correction": correction, "mean_blocks": 2}
+        config = FlashPrefillConfig(**rule, **dropping, block_size=64, backend="triton")
+        output, index = flash_prefill_attention(query, key, value, config=config, return_index=True)
+        assert 0.2 < index.density() < 0.9
+        options = {"scale": head_dim**-0.5, "mean_blocks": 2 if correction else None}
+        exact = reference.attend_blocks(query, key, value, index, dtype=torch.float64, **options)
+        eager = reference.attend_blocks(query, key, value, index, dtype=case.dtype, **options)
+        assert_no_worse_than_eager(output, eager, exact)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "capability", "obstacle"),
+    [
+        (512, torch.bfloat16, (9, 0), None),
+        (512, torch.float16, (8, 0), None),
+        (256, torch.float32, (12, 0), None),
+        (512, torch.float32, (9, 0), "head_dim above 256 needs 16-bit numbers"),
+        (264, torch.bfloat16, (8, 6), "and compute capability 8.0, 9.x or 10.x, got 264 in torch.bfloat16 on 8.6"),
+        (520, torch.bfloat16, (9, 0), "head_dim must be a multiple of 8 up to 512, got 520"),
+        (100, torch.bfloat16, (9, 0), "head_dim must be a multiple of 8"),
+        (128, torch.bfloat16, (7, 5), "compute capability must be 8.0 or newer"),
+    ],
+)
+def test_what_no_kernel_takes_on_a_gpu_runs_in_torch_or_stays_dense(head_dim, dtype, capability, obstacle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    # As it would be with a GPU.
+    monkeypatch.setattr(triton_backend, "InterpretedFunction", ())
+    gpu = torch.device("cuda")
+    found = functional.triton_obstacle(functional.TensorKind(gpu, dtype, (1, 1, 1, head_dim)))
+    assert found is None if obstacle is None else obstacle in found
+    assert functional.lacks_kernel("auto", gpu, dtype, head_dim) == (obstacle is not None)
+    assert not functional.lacks_kernel("torch", gpu, dtype, head_dim)
+    assert not functional.lacks_kernel("auto", torch.device("cpu"), dtype, head_dim)
+
+
 def test_head_dim_without_a_kernel(device):
-    query = torch.zeros(1, 1, 64, 264, device=device)
-    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 up to 256, got 264"):
+    query = torch.zeros(1, 1, 64, 520, device=device)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 8 up to 512, got 520"):
         flash_prefill_attention(query, query, query, config=FlashPrefillConfig(backend="triton"))
     # "auto" finds another way.
     assert flash_prefill_attention(query, query, query).shape == query.shape

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hf_flashprefill.attention as seam
 from hf_flashprefill import FlashPrefillConfig
 from hf_flashprefill.attention import PrefillSettings, dense_reason
 from hf_flashprefill.causal_mask import mask_class
@@ -54,6 +55,14 @@ def reason(
 @torch.no_grad()
 def test_what_changes_the_attention_keeps_the_call_dense(arguments, expected):
     assert reason(**arguments) == expected
+
+
+@torch.no_grad()
+def test_what_no_kernel_takes_stays_dense(monkeypatch):
+    asked = []
+    monkeypatch.setattr(seam, "lacks_kernel", lambda *kind: asked.append(kind) or True)
+    assert reason() == "no GPU kernel"
+    assert asked == [("auto", torch.device("cpu"), torch.float32, 32)]
 
 
 @torch.no_grad()

@@ -14,9 +14,7 @@ from tests.tolerance import assert_same_output
 
 NAME = "flash_attention_2"
 IS_OLD = int(transformers.__version__.split(".")[0]) < 5
-WITH_STATIC_CACHE = pytest.mark.skipif(
-    IS_OLD, reason="flash attention of transformers 4 attends what a static cache does not hold"
-)
+WITH_STATIC_CACHE = pytest.mark.skipif(IS_OLD, reason="transformers 4 attends unused keys there")
 
 
 def attention(query, key, value, softmax_scale=None, causal=False, window_size=(-1, -1), s_aux=None):

@@ -19,9 +19,10 @@ from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.crossover.timing import median_ms
 from hf_flashprefill.stats import LayerRecord
 from hf_flashprefill.support.families import FAMILIES
-from hf_flashprefill.support.matrix import check_column
+from hf_flashprefill.support.matrix import SETTINGS, check_column
+from hf_flashprefill.support.situations import prompt
 from tests.inputs import Case, tiny_model
-from tests.tolerance import assert_no_worse_than_eager, integer_rounding, nearly_longest
+from tests.tolerance import assert_no_worse_than_eager, assert_same_output, integer_rounding, nearly_longest
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +32,14 @@ SHAPES = [
     Case(2, 2, 2, 513, 513, 96, ranges=((100, 513), (0, 400))),
     Case(2, 8, 2, 700, 1500, 128, ranges=((100, 1500), (0, 1200)), strided=True),
     Case(2, 4, 2, 129, 640, 256, query_offset=400),
+    Case(2, 4, 1, 300, 700, 512, ranges=((100, 700), (0, 600))),
+    Case(1, 2, 1, 200, 500, 320, strided=True),
 ]
+
+
+def skip_without_kernel(case: Case, backend: str) -> None:
+    if backend == "triton" and case.head_dim > 256 and case.dtype == torch.float32:
+        pytest.skip("wider heads have kernels for 16-bit numbers only")
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -39,6 +47,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_errs_no_more_than_eager(shape, dtype, backend):
     case = Case(**{**vars(shape), "dtype": dtype})
+    skip_without_kernel(case, backend)
     query, key, value, ranges = case.tensors(torch.device("cuda"))
     scale = case.head_dim**-0.5
     dropping = {"alpha": 0.5, "sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0, "correction": False}
@@ -62,6 +71,7 @@ def test_attention_errs_no_more_than_eager(shape, dtype, backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_further_terms_err_no_more_than_eager(shape, terms, dtype, backend):
     case = Case(**{**vars(shape), "dtype": dtype})
+    skip_without_kernel(case, backend)
     query, key, value, ranges = case.tensors(torch.device("cuda"))
     dropping = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
     config = FlashPrefillConfig(alpha=0.5, correction=terms == "means", mean_blocks=2, backend=backend, **dropping)
@@ -79,8 +89,9 @@ def test_further_terms_err_no_more_than_eager(shape, terms, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_selection_disagrees_only_within_rounding(dtype):
-    case = Case(1, 8, 2, 4096, 4096, 128, dtype=dtype)
+@pytest.mark.parametrize("head_dim", [128, 512])
+def test_selection_disagrees_only_within_rounding(head_dim, dtype):
+    case = Case(1, 8, 2, 4096, 4096, head_dim, dtype=dtype)
     query, key, value, _ = case.tensors(torch.device("cuda"))
     for alpha in (0.4, 0.7):
         config = FlashPrefillConfig(
@@ -93,7 +104,7 @@ def test_selection_disagrees_only_within_rounding(dtype):
             reference.pooled_keys(key[0], 128),
             4096,
             128,
-            128**-0.5,
+            head_dim**-0.5,
             torch.float64,
         )
         margin = energies - energies.amax(-1, keepdim=True) - torch.tensor(alpha).log2()
@@ -106,10 +117,12 @@ def test_selection_disagrees_only_within_rounding(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("selector", "alpha"), [("share", 0.03), ("blend", 0.06), ("peak", 0.5)])
-@pytest.mark.parametrize("probe", [(8, 8), (4, 8), (4, 16), (16, 4), (32, 1), (32, 32)], ids=str)
+@pytest.mark.parametrize(
+    "probe", [(8, 8, 128), (4, 8, 128), (4, 16, 128), (16, 4, 128), (32, 1, 128), (32, 32, 128), (4, 8, 512)], ids=str
+)
 def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
-    pool_size, query_stride = probe
-    case = Case(1, 8, 2, 4000, 4096, 128, dtype=dtype)
+    pool_size, query_stride, head_dim = probe
+    case = Case(1, 8, 2, 4000, 4096, head_dim, dtype=dtype)
     query, key, value, _ = case.tensors(torch.device("cuda"))
     forced = {"sink_blocks": 0, "window_blocks": 1, "dense_tail_blocks": 0}
     config = FlashPrefillConfig(
@@ -118,12 +131,13 @@ def test_shares_disagree_only_within_rounding(selector, alpha, probe, dtype):
     index = flash_prefill_attention(query, key, value, config=config, return_index=True).index
     index.validate()
     positions = torch.arange(96, 4096, device="cuda")
-    probed = reference.probe_logits(query[0], positions, key[0], pool_size, query_stride, 128, 128**-0.5, torch.float64)
+    scale = head_dim**-0.5
+    probed = reference.probe_logits(query[0], positions, key[0], pool_size, query_stride, 128, scale, torch.float64)
     first_block = (4096 - 4000) // 128
     scores = reference.PROBE_SCORES[selector](probed, first_block, 128, pool_size)
     expected = reference.kept_blocks(scores, first_block, selector=selector, alpha=alpha, **forced)
     margin = scores - (scores.amax(-1, keepdim=True) if selector == "peak" else 0.0) - torch.tensor(alpha).log2()
-    rounding = integer_rounding(query[0], key[0], 128**-0.5, pool_size, 128)
+    rounding = integer_rounding(query[0], key[0], scale, pool_size, 128)
     if query_stride > 1:
         # Rounding may have chosen another query there.
         rounding = rounding.masked_fill(nearly_longest(query[0], positions // query_stride), math.inf)
@@ -387,3 +401,18 @@ def test_an_offloaded_cache_answers_as_unpatched(family, waiting_fetches):
     assert offloaded.wrong is None, offloaded.wrong
     if offloaded.not_run is None:
         assert offloaded.verdict == plain.verdict
+
+
+@torch.no_grad()
+def test_layers_that_no_kernel_takes_stay_dense():
+    """In torch sparse prefill would be slower than they were."""
+    model = tiny_model(head_dim=20).to("cuda")
+    ids = prompt().to("cuda")
+    expected = model(ids).logits
+    patch_model(model, alpha=0, **SETTINGS)
+    assert torch.equal(model(ids).logits, expected)
+    assert prefill_stats(model).dense_calls == {"no GPU kernel": 2}
+    assert warmup(model).layers == []
+    patch_model(model, alpha=0, backend="torch", **SETTINGS)
+    assert_same_output(model(ids).logits, expected)
+    assert prefill_stats(model).sparse_calls == 2

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # Bytes that kernels lay aside outside their loops, at most, by triton's version: (capability, kernel, head_dim). The figures in
 # the README are of 3.6, with which none on Hopper does.
 LAID_ASIDE = {
-    (3, 6): {(100, "blocks", 128): 20},
+    (3, 6): {(100, "blocks", 128): 20, (90, "attend means", 512): 4},
     (3, 8): {(90, "attend_hopper", 256): 12},
     (3, 9): {
         (90, "attend_hopper", 256): 108,
@@ -109,11 +109,13 @@ def test_the_smallest_head_dim_compiles():
     assert {"_energies_kernel", "_list_energies_kernel", "_attend_kernel"} <= set(published["compiled"])
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_kernels_compile_clean(capability, head_dim):
     if head_dim == 256 and capability != 90:
         pytest.skip("one kernel has tiles of its own for this head dim, that for Hopper GPUs")
+    if head_dim == 512 and capability == 120:
+        pytest.skip("has too little shared memory")
     verdicts = _lines_of("tests.compile_kernels", capability, head_dim)
     expected = {
         "attend",
@@ -142,7 +144,7 @@ def test_kernels_compile_clean(capability, head_dim):
         "attend_hopper float16": 0,
         "attend_hopper float16 padded": 0,
     }
-    expected |= {*attend_hopper, "energies_hopper", "probe_hopper"} if capability == 90 else set()
+    expected |= {*attend_hopper, "energies_hopper", "probe_hopper"} if capability == 90 and head_dim <= 128 else set()
     expected = set(attend_hopper) if head_dim == 256 else expected
     assert {(verdict["kernel"], verdict["head_dim"]) for verdict in verdicts} == {(kernel, head_dim) for kernel in expected}
     for verdict in verdicts:

@@ -34,7 +34,9 @@ __all__ = [
     "tokens_per_row",
 ]
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+# Wider heads want more shared memory than most cards of compute capability 8 and 12 have, and float32 twice of it.
+MAX_HEAD_DIM_EVERYWHERE = 256
 
 
 def obstacle(query: torch.Tensor) -> str | None:
@@ -50,6 +52,13 @@ def obstacle(query: torch.Tensor) -> str | None:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     if query.shape[-1] > MAX_HEAD_DIM or query.shape[-1] % 8:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    if query.shape[-1] > MAX_HEAD_DIM_EVERYWHERE and query.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(query.device)
+        if query.dtype == torch.float32 or (major, minor) != (8, 0) and major not in (9, 10):
+            return (
+                f"head_dim above {MAX_HEAD_DIM_EVERYWHERE} needs 16-bit numbers and compute capability 8.0, 9.x or 10.x, "
+                f"got {query.shape[-1]} in {query.dtype} on {major}.{minor}"
+            )
     return None
 
 

@@ -174,9 +174,11 @@ def _attend(
         mean_set = (batch * (tl.num_programs(0) // GROUP) + key_head) * mean_blocks + (own + mean_blocks - 1) % mean_blocks
         first_mean = mean_set.to(tl.int64) * mean_rows * HEAD_DIM
         mean_weights_row = mean_weights_ptr + list_row * weights_width + first_weight(own, mean_blocks)
+        # Whole steps of wider heads spill.
+        MEANS: tl.constexpr = BLOCK_N if BLOCK_D <= 256 else 16
         # A pipeline of its own would spill on compute capability 8.0, and there are few steps to fill it.
-        for first_run in tl.range(0, runs, BLOCK_N, num_stages=1):
-            run = first_run + columns
+        for first_run in tl.range(0, runs, MEANS, num_stages=1):
+            run = first_run + tl.arange(0, MEANS)
             is_mean = run < runs
             mean_tile = run[:, None] * HEAD_DIM + channels[None, :]
             is_value = is_mean[:, None] & in_head[None, :]
