@@ -45,27 +45,29 @@ from hf_flashprefill import BlockIndex, FlashPrefillConfig
 from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import MEAN_BLOCKS, POOL_SIZES, SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.imposed import PUBLISHED_DENSITY, imposed_index
+from hf_flashprefill.crossover.measure import unpatched_attention
 from hf_flashprefill.crossover.timing import medians_ms
 from hf_flashprefill.functional import resolve_backend
 from hf_flashprefill.geometry import PrefillGeometry
 
 SDPA_BACKENDS = {
-    "sdpa": None,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
 }
 KERNEL_SELECTORS = [name for name in SELECTORS if name not in SORTING_SELECTORS]
 # To spend on a figure; more is a slip.
 MOST_SECONDS = 3600
-BASELINES = (*SDPA_BACKENDS, "flex")
+BASELINES = ("sdpa", *SDPA_BACKENDS, "flex")
 
 
 def dense_attention(name: str, tensors: Tensors) -> Callable[[], torch.Tensor]:
-    """Torch's dense causal attention by one of its implementations."""
+    """Torch's dense causal attention by one of its implementations; "sdpa" as transformers calls it."""
+    if name == "sdpa":
+        return unpatched_attention(*tensors)
     backend = SDPA_BACKENDS[name]
 
     def run() -> torch.Tensor:
-        with sdpa_kernel([backend]) if backend else torch.no_grad():
+        with sdpa_kernel([backend]):
             return F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
 
     return run

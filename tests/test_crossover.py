@@ -27,7 +27,7 @@ from hf_flashprefill.crossover import __main__ as command
 from hf_flashprefill.masking import _TAKES_CACHE_POSITION
 from hf_flashprefill.support.situations import padding, prompt
 from tests.crossovers import AUTO, CPU, GPU, LLAMA, RULE, SHAPE, answer, measured
-from tests.inputs import tiny_model
+from tests.inputs import Case, exact_dense, tiny_model
 from tests.tolerance import assert_same_output
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -338,3 +338,22 @@ def test_a_pickled_model_asks_the_fresh_process(tmp_path):
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
     done = run([sys.executable, "-c", code, str(tmp_path / "model")])
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("head_dim", "has_mask", "keeps_groups"), [(64, False, True), (64, True, False), (512, False, False)])
+def test_dense_attention_is_timed_as_transformers_runs_it(head_dim, has_mask, keeps_groups, monkeypatch):
+    """Torch has no kernel on GPUs for groups of heads with a mask or with wide heads."""
+    keys = 100 if has_mask else 50
+    query, key, value, _ = Case(1, 4, 2, 50, keys, head_dim).tensors(CPU)
+    mask = torch.ones(50, keys, dtype=torch.bool).tril(50)[None, None] if has_mask else None
+    sdpa, called = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query, key, value, **options):
+        called.append(key.shape[1])
+        return sdpa(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    attend = measure.unpatched_attention(query, key, value, mask)
+    exact = exact_dense(query, key, value, keys - 50, None, head_dim**-0.5)
+    torch.testing.assert_close(attend().double(), exact, atol=1e-5, rtol=1e-5)
+    assert called == [2 if keeps_groups else 4]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..config import FlashPrefillConfig
 from ..functional import pool_inputs, resolve_backend, selecting_backend, selection_rule
@@ -123,14 +124,21 @@ def time_attention(
     if query_len < length:
         mask = torch.ones(query_len, length, dtype=torch.bool, device=device).tril(length - query_len)[None, None]
 
-    def dense() -> None:
-        F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-
     def sparse() -> None:
         pooled, means = pool_inputs(key, value, geometry, config, backend)
         selecting.select_blocks(query, pooled, geometry, scale=scale, **blocks, **(rule | {"alpha": 1.0}))
         backend.attend_blocks(query, key, value, index, scale=scale, output=torch.empty_like(query), means=means)
 
     with torch.no_grad():
-        times = medians_ms({"dense": dense, "sparse": sparse}, device, SECONDS)
+        times = medians_ms({"dense": unpatched_attention(query, key, value, mask), "sparse": sparse}, device, SECONDS)
     return times["dense"]["median_ms"], times["sparse"]["median_ms"]
+
+
+def unpatched_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> Callable[[], torch.Tensor]:
+    """What an unpatched layer on SDPA runs, query [B, Hq, Sq, D] and key, value [B, Hkv, Skv, D] -> [B, Hq, Sq, D]; causal
+    without a mask. transformers repeats keys and values where torch's kernels for groups of heads cannot take them: with a
+    mask, or head_dim above 256."""
+    layer = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True, training=False)
+    return lambda: sdpa_attention_forward(layer, query, key, value, mask)[0].transpose(1, 2)
