@@ -20,12 +20,12 @@ class CausalMask(torch.Tensor):
         sliding_window: How many tokens back a query sees, its own included: fewer than ``valid length``; None if all. It is
             the class that has it, see ``mask_class``: an attribute of the tensor would be lost with the first copy, and the
             mask would pass for one without a window.
-        buffer_length: How many keys a layer hands over, those of a static cache: more than ``valid length``, after which
-            they are unused; None if a layer hands over ``valid length`` keys. It is the class that has it, too.
+        is_of_buffer: Whether layers hand over more keys than ``valid length``, the whole buffer of a static cache, of which the
+            others are unused. It is the class that has it, too.
     """
 
     sliding_window: int | None = None
-    buffer_length: int | None = None
+    is_of_buffer: bool = False
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -66,12 +66,11 @@ class CausalMask(torch.Tensor):
     def is_of(self, key: torch.Tensor) -> bool:
         """Whether it was made for as many keys as these, [B, Hkv, Skv, D]: caches of other layers may hold more or fewer."""
         # A graph finds the attribute at the class alone.
-        buffer_length = type(self).buffer_length
-        return key.shape[2] == (self.shape[1] if buffer_length is None else buffer_length)
+        return key.shape[2] > self.shape[1] if type(self).is_of_buffer else key.shape[2] == self.shape[1]
 
     def used(self, keys: torch.Tensor) -> torch.Tensor:
-        """Of keys or values that it is of, [B, Hkv, Skv, D], those before ``valid length``; others as they are."""
-        return keys if type(self).buffer_length is None or not self.is_of(keys) else keys[:, :, : self.shape[1]]
+        """Keys or values [B, Hkv, Skv, D] without those that a static cache has not filled."""
+        return keys[:, :, : self.shape[1]] if type(self).is_of_buffer else keys
 
     def valid_ranges(self) -> torch.Tensor | None:
         """int32 [B, 2] as flash_prefill_attention takes them, or None when nothing is padding. Never waits."""
@@ -122,11 +121,11 @@ def _keeps_rows(name: str, result: torch.Tensor, args: tuple, kwargs: dict[str, 
 
 
 @functools.cache
-def mask_class(sliding_window: int | None, buffer_length: int | None = None) -> type[CausalMask]:
-    """CausalMask, or its subclass for one sliding window and one length of a static cache."""
-    if sliding_window is None and buffer_length is None:
+def mask_class(sliding_window: int | None, is_of_buffer: bool = False) -> type[CausalMask]:
+    """CausalMask, or its subclass for one sliding window, for a static cache, or both."""
+    if sliding_window is None and not is_of_buffer:
         return CausalMask
-    return type("OtherCausalMask", (CausalMask,), {"sliding_window": sliding_window, "buffer_length": buffer_length})
+    return type("OtherCausalMask", (CausalMask,), {"sliding_window": sliding_window, "is_of_buffer": is_of_buffer})
 
 
 # No class method: a graph of torch 2.15 does not follow one of a class that it got from _constant_mask_class.

@@ -244,7 +244,7 @@ def _causal_mask(arguments: dict[str, Any]) -> CausalMask | None:
     key_length = int(arguments["kv_length"])
     if key_length < valid_length or (key_offset and (window is None or key_length != valid_length)):
         return None
-    marker = mask_class(window, None if key_length == valid_length else key_length)
+    marker = mask_class(window, key_length > valid_length)
     padding = arguments.get("attention_mask")
     if padding is None:
         return without_padding(marker, arguments["batch_size"], valid_length, _device(arguments))

@@ -13,13 +13,13 @@ from tests.inputs import tiny_model
 
 
 def reason(
-    model=None, key_len=LENGTH, dtype=torch.float32, mask_len=LENGTH, buffer_len=None, value_dim=32, dropout=0.0, **arguments
+    model=None, key_len=LENGTH, dtype=torch.float32, mask_len=LENGTH, is_of_buffer=False, value_dim=32, dropout=0.0, **arguments
 ):
     """Of a call of the first layer that would run sparse but for what is named."""
     model, settings = model or tiny_model(), PrefillSettings(FlashPrefillConfig(**SETTINGS), "sdpa")
     query, key = torch.zeros(1, 4, LENGTH, 32, dtype=dtype), torch.zeros(1, 2, key_len, 32, dtype=dtype)
     mask, layer = torch.ones(1, mask_len, dtype=torch.bool), model.model.layers[0].self_attn
-    mask = mask.as_subclass(mask_class(None, buffer_len))
+    mask = mask.as_subclass(mask_class(None, is_of_buffer))
     return dense_reason(settings, layer, query, key, key[..., :value_dim], mask, dropout, arguments)
 
 
@@ -42,9 +42,8 @@ def reason(
         ({"dropout": 0.1}, "dropout"),
         ({"mask_len": LENGTH + 1}, "keys are not those of the mask"),
         ({"key_len": LENGTH + 1}, "keys are not those of the mask"),
-        ({"key_len": LENGTH + 1, "buffer_len": LENGTH + 1}, None),
-        ({"key_len": LENGTH + 1, "buffer_len": LENGTH + 2}, "keys are not those of the mask"),
-        ({"buffer_len": LENGTH + 1}, "keys are not those of the mask"),
+        ({"key_len": LENGTH + 1, "is_of_buffer": True}, None),
+        ({"is_of_buffer": True}, "keys are not those of the mask"),
         ({"value_dim": 16}, "value head_dim differs"),
         ({"sliding_window": LENGTH - 1}, "the layer's window is not the mask's"),
         ({"sliding_window": LENGTH}, None),
