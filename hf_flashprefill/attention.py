@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
-from transformers.modeling_flash_attention_utils import _is_packed_sequence
+from transformers import modeling_flash_attention_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -29,10 +29,10 @@ from .masking import base_mask_for, is_captured, is_flash
 from .stats import has_record, record_compiled_audit, record_compiled_sparse, record_dense, record_sparse
 
 try:
-    from transformers.utils import output_capturing
+    from transformers.utils.output_capturing import _active_collector
 except ImportError:
     # Before transformers 5 each layer hands its weights to the next.
-    output_capturing = None
+    _active_collector = None
 
 logger = logging.get_logger(__name__)
 
@@ -238,11 +238,10 @@ def _asks_for_weights(module: nn.Module, given: bool | None) -> bool:
     """Whether attention weights are asked for, by the call or by the model's config."""
     if given is None:
         given = getattr(getattr(module, "config", None), "output_attentions", False)
-    if given or output_capturing is None:
+    if given or _active_collector is None:
         return bool(given)
     # Not every layer passes on what its model was asked for, but transformers collects what layers return all the same.
-    collector = output_capturing._active_collector
-    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
     return collected is not None and "attentions" in collected
 
 
@@ -258,7 +257,7 @@ def _is_packed(mask: CausalMask, position_ids: torch.Tensor, batch: int) -> bool
     # The layers share mask and positions. Asked once, the device is waited for once.
     known, answer = getattr(mask, "packing", (None, None))
     if known is not position_ids:
-        answer = bool(_is_packed_sequence(position_ids, batch))
+        answer = bool(modeling_flash_attention_utils._is_packed_sequence(position_ids, batch))
         mask.packing = (position_ids, answer)
     return answer
 

@@ -47,8 +47,8 @@ def pool_warps(capability: tuple[int, int], sums: int, block_d: int, has_pools: 
     """Warps of a program that adds keys or values up into ``sums`` means of ``block_d`` channels, for pools or blocks alone."""
     # H200, 8 heads, head_dim 128, bfloat16, one and two warps: pools of 4 tokens 150 and 155 us at 128K tokens, 286 and 299 at
     # 256K (probe-groups-2026-11-29-h200.txt). Elsewhere one spills them with triton 3.9 (compute capability 12.0). Blocks alone
-    # take as long with either, but one warp spills with triton 3.8.
-    numbers_a_thread = 128 if has_pools and capability[0] == 9 else 64
+    # take as long with either, but one warp spills with triton 3.8, and so do the fewer warps of head_dim 512 with 3.9.
+    numbers_a_thread = 128 if has_pools and capability[0] == 9 and block_d <= 256 else 64
     return min(max(sums * block_d // (32 * numbers_a_thread), 1), 8)
 
 
