@@ -18,6 +18,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from eval.commands import UsageError
+
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 CODE_DIGITS = 6
@@ -120,11 +122,20 @@ class EncodedFact:
 
 
 def encode_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> EncodedFact:
-    """The fact as a line of its own. A tokenizer that merges across the border moves the border before the merge."""
+    """The fact as a line of its own. A tokenizer that merges across the border moves the border before the merge.
+
+    Raises:
+        UsageError: No tokens of the line are the code: the tokenizer does not know digits, or merges them with what follows.
+    """
     sentence = encode(tokenizer, f"\n{fact.statement}\n")
     asked = encode(tokenizer, f"\n{fact.question}")
     answered = encode(tokenizer, f"\n{fact.question}{fact.code}")
-    return EncodedFact(sentence, _common_prefix(asked, sentence), _common_prefix(answered, sentence))
+    encoded = EncodedFact(sentence, _common_prefix(asked, sentence), _common_prefix(answered, sentence))
+    if not tokenizer.decode(encoded.answer).strip().endswith(fact.code):
+        raise UsageError(
+            f"the tokenizer has no tokens for the code {fact.code} alone, got {tokenizer.decode(encoded.answer)!r}"
+        )
+    return encoded
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from eval.commands import UsageError, first_line
 from eval.runner import process_count
 from hf_flashprefill import prefill_stats
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
-# For ``generate``, which takes what nobody asks for from the model's own settings.
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -78,8 +85,28 @@ def process_device(device: str) -> torch.device:
 
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of every text, such as a begin-of-text token."""
-    return [] if tokenizer.bos_token_id is None or not tokenizer("")["input_ids"] else [tokenizer.bos_token_id]
+    """What the tokenizer puts in front of every text: a begin-of-text token, several as GLM-4's does, or none."""
+    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The model's config, or that of the part of a multimodal model that reads text."""
+    return model.config.get_text_config(decoder=True)
+
+
+@contextlib.contextmanager
+def greedy(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts ``generate`` has none of the model's own settings (sampling, beams, penalties, kinds of cache), which are
+    not what is measured, but for the tokens that end a text and pad it."""
+    own = model.generation_config
+    stop = own.eos_token_id if own.eos_token_id is not None else getattr(text_config(model), "eos_token_id", None)
+    pad = own.pad_token_id if own.pad_token_id is not None else stop[0] if isinstance(stop, list) else stop
+    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=pad)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def head_densities(model: PreTrainedModel) -> list[list[float]]:

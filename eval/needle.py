@@ -103,14 +103,8 @@ def answer(model: PreTrainedModel, prompt: Prompt) -> Outcome:
     ids = torch.tensor([prompt.ids], device=model.device)
     if prompt.placement == "end":
         clock, expected = FirstTokenClock(), prompt.answers[0]
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=len(expected),
-            pad_token_id=model.generation_config.eos_token_id if model.config.pad_token_id is None else None,
-            streamer=clock,
-            **models.GREEDY,
-        )
+        with models.greedy(model):
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(expected), streamer=clock)
         correct = [made[0, len(prompt.ids) :].tolist() == expected]
         seconds = clock.seconds
     else:

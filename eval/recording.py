@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import platform
 import subprocess
 import zlib
@@ -179,10 +181,14 @@ def package_version(package: str) -> str | None:
 
 
 def fingerprint(model: PreTrainedModel) -> int:
-    """Tells apart weights that share a name, such as those of a folder that was trained again, wholly or in part."""
-    found = 0
-    for parameter in model.parameters():
-        if parameter.is_meta:
+    """Tells apart models that share a name, such as those of a folder that was trained again, wholly or in part, or whose
+    config was edited."""
+    where_from = ("_name_or_path", "transformers_version")
+    config = {name: value for name, value in model.config.to_dict().items() if name not in where_from}
+    found = zlib.crc32(json.dumps(config, sort_keys=True, default=str).encode())
+    # Quantised weights may be buffers.
+    for parameter in itertools.chain(model.parameters(), model.buffers()):
+        if parameter.is_meta or not parameter.numel():
             # Its numbers are on a disk.
             continue
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].cpu()

@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval import commands, models, options, recording, tables
+from eval.haystack import encode
 from eval.ruler_tasks import TASKS, QaRecord, Sample, Sources, fit_amount, make_sample, split_sentences
 from eval.statistics import paired_mean
 from eval.texts import add_text_arguments, documents, records
@@ -62,7 +63,8 @@ class RulerRow:
 def encode_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[int]:
     """Token ids of the prompt, in the chat template if the tokenizer has one, with the start of the answer."""
     if tokenizer.chat_template is None:
-        return tokenizer(sample.prompt + sample.answer_start)["input_ids"]
+        # A tokenizer may also put a token after every text; the answer goes on with this one.
+        return models.text_prefix(tokenizer) + encode(tokenizer, sample.prompt + sample.answer_start)
     message = [{"role": "user", "content": sample.prompt}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True) + sample.answer_start.lstrip()
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -73,13 +75,8 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list
     """What the model as it is goes on with, and the seconds it took."""
     started = time.perf_counter()
     prompt = torch.tensor([ids], device=model.device)
-    stop = model.generation_config.eos_token_id
-    pad = model.generation_config.pad_token_id
-    if pad is None:
-        pad = stop[0] if isinstance(stop, list) else stop
-    made = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, pad_token_id=pad, **models.GREEDY
-    )
+    with models.greedy(model):
+        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens)
     text = tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
     return text.strip(), time.perf_counter() - started
 
@@ -124,16 +121,16 @@ def qa_records(raw: Iterable[dict], option: str) -> list[QaRecord]:
     made = []
     for record in raw:
         try:
-            answers = record["answers"] if "answers" in record else [record["answer"]]
-            answers = list(answers["text"] if isinstance(answers, dict) else answers)
+            answers = record["answers"] if "answers" in record else record["answer"]
+            answers = _strings(answers["text"] if isinstance(answers, dict) else answers)
             if "documents" in record:
-                texts = list(record["documents"])
+                texts = _strings(record["documents"])
             elif isinstance(record["context"], dict):
                 parts = zip(record["context"]["title"], record["context"]["sentences"], strict=True)
                 texts = [f"{title}\n{''.join(sentences)}" for title, sentences in parts]
             else:
-                texts = [record["context"]]
-            question = record["question"]
+                texts = _strings(record["context"])
+            (question,) = _strings(record["question"])
         except (KeyError, TypeError, ValueError):
             raise commands.UsageError(
                 f"{option} takes records with question, answers, and context or documents; got {sorted(record)}"
@@ -143,6 +140,18 @@ def qa_records(raw: Iterable[dict], option: str) -> list[QaRecord]:
     if not made:
         raise commands.UsageError(f"{option}: the source has no question with an answer")
     return made
+
+
+def _strings(value: str | list[str]) -> list[str]:
+    """One string or several as a list, without empty ones: those are part of every answer.
+
+    Raises:
+        TypeError: It is anything else.
+    """
+    strings = [value] if isinstance(value, str) else list(value)
+    if not all(isinstance(string, str) for string in strings):
+        raise TypeError("not strings")
+    return [string for string in strings if string.strip()]
 
 
 def load_sources(args: argparse.Namespace) -> Sources:

@@ -112,8 +112,8 @@ def config_for_density(config: FlashPrefillConfig, length: int, density: float) 
 def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor, chunk: int | None = None) -> float:
     """Wall time of ``generate`` up to its first token; of a prefill in chunks of so many tokens, if a number is given."""
     started = time.perf_counter()
-    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": chunk}
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    with models.greedy(model):
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, prefill_chunk_size=chunk)
     made[0, -1].item()
     return time.perf_counter() - started
 
@@ -135,7 +135,7 @@ def measure(
     """First call and median of the later ones: unpatched, patched and with free attention, in turn. Kernels are those of one
     more call."""
     generator = torch.Generator().manual_seed(length)
-    ids = torch.randint(3, model.config.vocab_size, (1, length), generator=generator).to(model.device)
+    ids = torch.randint(3, models.text_config(model).vocab_size, (1, length), generator=generator).to(model.device)
     first_token = partial(first_token_seconds, model, ids, chunk)
     times: dict[str, list[float]] = {"unpatched": [], "patched": [], "free_attention": []}
     for _ in range(repeats + 1):

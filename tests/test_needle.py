@@ -7,10 +7,16 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+import tokenizers
+import torch
+import transformers
 
-from eval import needle, ruler
-from eval.haystack import encode, encode_fact, plant, random_fact, random_facts, standard_library_text
+from eval import models, needle, ruler, ttft
+from eval.commands import UsageError
+from eval.haystack import Fact, encode, encode_fact, plant, random_fact, random_facts, standard_library_text
+from eval.ruler_tasks import Sample
 from hf_flashprefill import FlashPrefillConfig, is_patched
+from tests.inputs import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +88,55 @@ def test_answers_are_greedy_whatever_the_model_generates_by(recall_model, corpus
     model, tokenizer = recall_model
     prompt = needle.end_prompt(tokenizer, corpus, 600, 0.5, Random(5))
     said = ruler.answer(model, tokenizer, prompt.ids, 6)[0]
-    for name, value in {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 2}.items():
+    settings = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "num_beams": 2, "return_dict_in_generate": True}
+    settings |= {"use_cache": False, "forced_eos_token_id": 7, "exponential_decay_length_penalty": (1, 9.0)}
+    for name, value in settings.items():
         monkeypatch.setattr(model.generation_config, name, value)
     assert needle.answer(model, prompt).correct == [True]
     assert ruler.answer(model, tokenizer, prompt.ids, 6)[0] == said
+
+
+def test_models_with_several_end_tokens_and_those_of_several_parts_are_asked(recall_model, corpus):
+    """As instruction-tuned Llama and Qwen have, and as Gemma 3 is."""
+    tokenizer = recall_model[1]
+    prompt = needle.end_prompt(tokenizer, corpus, 600, 0.5, Random(5))
+    chat = tiny_model(vocab_size=len(tokenizer), eos_token_id=[2, 5], pad_token_id=None)
+    text = tiny_model("gemma3", vocab_size=len(tokenizer)).config.to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"patch_size": 14})
+    parts = transformers.Gemma3ForConditionalGeneration._from_config(config).eval()
+    for model in (chat, parts):
+        own = model.generation_config
+        assert needle.answer(model, prompt).correct == [False]
+        assert len(ruler.answer(model, tokenizer, prompt.ids, 3)) == 2
+        assert ttft.first_token_seconds(model, torch.tensor([prompt.ids])) > 0
+        assert models.text_config(model).vocab_size == len(tokenizer)
+        assert model.generation_config is own
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(None, []), ("<s> $A", [1]), ("<s> <u> $A", [1, 2]), ("$A </s>", []), ("<s> $A </s>", [1])],
+)
+def test_what_a_tokenizer_puts_in_front(template, expected):
+    """With or without a begin-of-text token of that name, and whatever it puts after a text."""
+    words = {"<unk>": 0, "<s>": 1, "<u>": 2, "</s>": 3, "a": 4, "b": 5}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if template:
+        special = [(token, words[token]) for token in ("<s>", "<u>", "</s>")]
+        made.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
+    for names in ({}, {"bos_token": "<s>", "eos_token": "</s>"}):
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+        assert models.text_prefix(tokenizer) == expected
+        assert ruler.encode_sample(tokenizer, Sample("a b", " a", ["b"])) == [*expected, 4, 5, 4]
+
+
+def test_a_tokenizer_that_cannot_say_a_code_alone_is_refused():
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "The": 1}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    with pytest.raises(UsageError, match="the tokenizer has no tokens for the code 481923 alone"):
+        encode_fact(transformers.PreTrainedTokenizerFast(tokenizer_object=made), Fact("Dalomi", "481923"))
 
 
 def test_dropping_blocks_loses_answers_in_the_middle_only(recall_model, corpus):

@@ -172,8 +172,13 @@ def test_source_records():
         QaRecord("Q?", ["T\na b", "U\nc"], ["A"]),
         QaRecord("Q?", ["D", "E"], ["A"]),
     ]
-    with pytest.raises(UsageError, match="records with question"):
-        ruler.qa_records([{"text": "C"}], "--qa-2")
+    # One string is no list of characters, and an empty one no answer: it is part of any.
+    strings = [{"question": "Q?", "documents": "D", "answers": "Paris"}, plain | {"answers": ["", " "]}]
+    strings.append({"question": "Q?", "context": ["C"], "answer": ["A", ""]})
+    assert ruler.qa_records(strings, "--qa-1") == [QaRecord("Q?", ["D"], ["Paris"]), QaRecord("Q?", ["C"], ["A"])]
+    for wrong in ({"text": "C"}, plain | {"answers": [["A"]]}, plain | {"answers": None}, plain | {"question": 5}):
+        with pytest.raises(UsageError, match="records with question"):
+            ruler.qa_records([wrong], "--qa-2")
     with pytest.raises(UsageError, match="no question with an answer"):
         ruler.qa_records([unanswerable], "--qa-2")
 
