@@ -16,7 +16,6 @@ import io
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,12 +266,12 @@ def page(paths: list[Path]) -> tuple[str, dict[str, bytes]]:
     records = [(path, read_record(path)) for path in paths]
     records.sort(key=lambda entry: list(KINDS).index(entry[1]["harness"]))
     links, sections, files = [], [], {}
-    used: Counter[str] = Counter()
+    used: set[str] = set()
     for path, record in records:
-        anchor = f"{record['harness']}-{re.sub('[^A-Za-z0-9.]+', '-', path.stem)}"
-        used[anchor] += 1
-        if used[anchor] > 1:
-            anchor += f"-{used[anchor]}"
+        name = f"{record['harness']}-{re.sub('[^A-Za-z0-9.]+', '-', path.stem)}"
+        # A number may make it the name of another file.
+        anchor = next(a for a in (name, *(f"{name}-{i}" for i in range(2, len(records) + 2))) if a not in used)
+        used.add(anchor)
         alone = sum(other["harness"] == record["harness"] for _, other in records) == 1
         label = KINDS[record["harness"]].title + ("" if alone else f" ({path.stem})")
         links.append(f'<a href="#{anchor}">{html.escape(label)}</a>')

@@ -7,6 +7,7 @@ the results are times; when the output is written they are removed.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -48,7 +49,7 @@ class PartialRun:
         return self._output.with_name(f"{self._output.stem}.{self._key}.{rank}.partial.jsonl")
 
     def _paths(self) -> list[Path]:
-        return sorted(self._output.parent.glob(f"{self._output.stem}.{self._key}.*.partial.jsonl"))
+        return sorted(self._output.parent.glob(f"{glob.escape(self._output.stem)}.{self._key}.*.partial.jsonl"))
 
     def finished(self) -> dict[str, list[dict]]:
         """Rows by task name, of all processes of this and of interrupted runs."""

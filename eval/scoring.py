@@ -46,7 +46,7 @@ def score_tokens(
         Scores of all S tokens. Without ``last_hidden`` nothing predicts the first one: NaN and False.
 
     Raises:
-        ValueError: The model computes its logits in another way.
+        ValueError: The model computes its logits in another way, or they are not numbers.
     """
     hidden = hidden_states(model, ids, past_key_values)
     targets = ids.to(hidden.device)
@@ -58,8 +58,9 @@ def score_tokens(
     # Row i of hidden[:-1] predicts token first + i.
     for start, logits in _logits(model, hidden[:-1]):
         rows = slice(first + start, first + start + len(logits))
-        wanted = targets[rows, None]
-        nll[rows] = (logits.logsumexp(-1) - logits.gather(-1, wanted)[:, 0]).cpu()
+        wanted, total = targets[rows, None], logits.logsumexp(-1)
+        _check_numbers(model, total)
+        nll[rows] = (total - logits.gather(-1, wanted)[:, 0]).cpu()
         first_choice[rows] = (logits.argmax(-1) == wanted[:, 0]).cpu()
     return TokenScores(nll, first_choice)
 
@@ -69,10 +70,10 @@ def hidden_states(model: PreTrainedModel, ids: torch.Tensor, past_key_values: Ca
     """Last hidden state [S, H] of every token of ``ids`` [S], from one forward call of the whole model.
 
     Raises:
-        ValueError: The model's logits are not its output embedding of this state.
+        ValueError: The model's logits are not its output embedding of this state, or not numbers.
     """
-    decoder = model.base_model
-    if decoder is model or model.get_output_embeddings() is None:
+    decoder = _inner_model(model)
+    if decoder is None or model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no separate output embedding")
     states: list[torch.Tensor] = []
     hook = decoder.register_forward_hook(lambda module, inputs, output: states.append(output[0]))
@@ -81,10 +82,27 @@ def hidden_states(model: PreTrainedModel, ids: torch.Tensor, past_key_values: Ca
     finally:
         hook.remove()
     hidden = states[0][0]
+    _check_numbers(model, logits[0, -1].float().logsumexp(-1))
     _, own = next(_logits(model, hidden[-1:]))
     if not torch.allclose(own[0], logits[0, -1].float(), rtol=0.02, atol=0.02 * own.abs().max().item()):
         raise ValueError(f"{type(model).__name__}: its logits are not its output embedding of its last hidden state")
     return hidden
+
+
+def _inner_model(model: PreTrainedModel) -> nn.Module | None:
+    """The part of the model that makes the last hidden state; None if there is none."""
+    # Llama 4's text model calls it ``model`` but says ``language_model``, so that it takes itself for its inner model.
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return next((found for found in (model.base_model, *inner) if found is not model), None)
+
+
+def _check_numbers(model: PreTrainedModel, totals: torch.Tensor) -> None:
+    """Raise if a logsumexp of logits is not finite: NaN or infinity is among them. A logit of -inf is a token ruled out."""
+    if not totals.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{type(model).__name__}: its logits are not numbers in {dtype}; bfloat16 or float32 may help (--dtype)"
+        )
 
 
 def _cache_arguments(model: PreTrainedModel, past_key_values: Cache | None) -> dict:

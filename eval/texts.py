@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from eval.commands import UsageError, first_line
 from eval.haystack import encode, standard_library_text
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 # A haystack needs no more; the longest prompts have some 4M characters.
 CORPUS_CHARACTERS = 20_000_000
 
@@ -36,10 +36,10 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def documents(args: argparse.Namespace) -> Iterator[str]:
-    """The documents of the text source, read as they are asked for.
+    """The documents of the text source, read as they are asked for; rows without a text are skipped.
 
     Raises:
-        UsageError: There is no such file, data set, split or column.
+        UsageError: There is no such file, data set, split or column, or the column holds no text.
     """
     if args.dataset is None:
         yield standard_library_text("held_out")
@@ -47,16 +47,22 @@ def documents(args: argparse.Namespace) -> Iterator[str]:
     for record in records(args.dataset, args.subset, args.split):
         if args.column not in record:
             raise UsageError(f"--column {args.column}: {args.dataset} has the columns {sorted(record)}")
-        yield record[args.column]
+        text = record[args.column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise UsageError(f"--column {args.column}: {args.dataset} has {type(text).__name__} there, not text")
+        yield text
 
 
 def records(dataset: str, subset: str | None, split: str, option: str = "--dataset") -> Iterator[dict]:
     """Records of the data set that an option names; a local text file is one record with a column "text"."""
     path = Path(dataset)
-    if path.is_file() and path.suffix not in BUILDERS:
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in BUILDERS:
         yield {"text": read_text(dataset, option)}
         return
-    if not path.exists() and (dataset.startswith((".", "/", "~")) or path.suffix in {*BUILDERS, ".txt", ".md", ".py"}):
+    if not path.exists() and (dataset.startswith((".", "/", "~")) or suffix in {*BUILDERS, ".txt", ".md", ".py"}):
         raise UsageError(f"{option} {dataset}: there is no such file")
     try:
         import datasets
@@ -65,7 +71,7 @@ def records(dataset: str, subset: str | None, split: str, option: str = "--datas
     try:
         if path.is_file():
             # A file by itself has no splits; datasets calls the whole of it "train".
-            yield from datasets.load_dataset(BUILDERS[path.suffix], data_files=dataset, split="train", streaming=True)
+            yield from datasets.load_dataset(BUILDERS[suffix], data_files=dataset, split="train", streaming=True)
         else:
             yield from datasets.load_dataset(dataset, subset, split=split, streaming=True)
     except (OSError, ValueError) as error:

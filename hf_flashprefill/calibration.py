@@ -9,6 +9,7 @@ that took no part.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -133,7 +134,7 @@ def calibrate(
 
     Raises:
         TypeError: A prompt is neither a list of ints nor an integer tensor, or the model is no transformers model.
-        ValueError: ``target``, ``alphas`` or ``rows`` is out of its range, or no prompt is left.
+        ValueError: ``target``, ``alphas`` or ``rows`` is out of its range, no prompt is left, or the model makes NaN.
         UnsupportedModelError: The model does not fit, or none of its layers would run sparse.
     """
     config = FlashPrefillConfig() if config is None else config
@@ -154,6 +155,7 @@ def calibrate(
         if not measurement.layers:
             raise UnsupportedModelError(f"{type(inner).__name__}: no layer would run sparse: {measurement.reasons()}")
         chosen = [sums.choose(layer, target, every_head) for layer, sums in sorted(measurement.layers.items())]
+        _check_numbers(inner, {layer.layer: layer.mass for layer in chosen})
         # A layer that was not measured does not run sparse; should it ever, it keeps all.
         layer_alphas = dict.fromkeys(range(inner.config.get_text_config(decoder=True).num_hidden_layers), 0.0)
         layer_alphas |= {layer.layer: layer.alpha for layer in chosen}
@@ -163,6 +165,7 @@ def calibrate(
             with attention_replaced(model, replace(result, audit_rows=rows, audit_limit=1.0)):
                 _run(inner, audited, bar)
                 chosen = _with_audit(chosen, prefill_stats(inner))
+            _check_numbers(inner, {layer.layer: layer.held_out_mass for layer in chosen})
     return Calibration(result, target, chosen, len(fitting), len(audited))
 
 
@@ -311,6 +314,17 @@ def _run(model: PreTrainedModel, prompts: Sequence[torch.Tensor], bar: tqdm) -> 
     for ids in prompts:
         model(input_ids=ids.to(model.device), **few_logits)
         bar.update()
+
+
+def _check_numbers(model: PreTrainedModel, masses: dict[int, float | None]) -> None:
+    """Raise if the attention of a layer is NaN, as where float16 overflows."""
+    for layer, mass in masses.items():
+        if mass is not None and math.isnan(mass):
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{type(model).__name__}: the attention of layer {layer} is not a number in {dtype}; "
+                "bfloat16 or float32 may help"
+            )
 
 
 def _with_audit(chosen: Sequence[LayerCalibration], stats: PrefillStats) -> list[LayerCalibration]:

@@ -189,3 +189,12 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_models_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="PreTrainedModel"):
         calibrate(torch.nn.Linear(2, 2), [[3] * 20_000], progress=False)
+
+
+@torch.no_grad()
+def test_attention_that_is_no_number_is_refused():
+    model, config = tiny_model(), FlashPrefillConfig(min_seq_len=32, block_size=64)
+    model.model.layers[1].self_attn.k_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="layer 1 is not a number in float32; bfloat16 or float32 may help"):
+        calibrate(model, [list(range(2, 199)) * 4], config=config, progress=False)
+    assert not is_patched(model)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from eval import commands, models, needle, options, perplexity, recall, recording, ruler, selection, tables, ttft
+from eval import commands, models, needle, options, perplexity, recall, recording, ruler, schema, selection, tables, ttft
 from eval.haystack import standard_library_text
 from eval.runner import PartialRun
 from eval.schema import SCHEMA_VERSION, Result, timeless
@@ -78,6 +78,14 @@ def test_weights_that_differ_anywhere_are_told_apart():
         found.add(recording.fingerprint(model))
     assert len(found) == 1 + len(list(model.parameters()))
     assert recording.fingerprint(model) in found
+    model.register_buffer("quantised", torch.ones(8))
+    found.add(recording.fingerprint(model))
+    model.quantised *= -3
+    assert recording.fingerprint(model) not in found
+    # Other rotations with the same weights, as whoever edits config.json to read longer prompts has.
+    found.add(recording.fingerprint(model))
+    model.config.max_position_embeddings *= 2
+    assert recording.fingerprint(model) not in found
     assert recording.fingerprint(model.half()) not in found
 
 
@@ -185,6 +193,45 @@ def test_each_process_has_its_own_tasks_and_sees_what_others_finished(tmp_path, 
     assert len(done) == 5
     run.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_with_brackets_is_resumed_and_tidied(tmp_path):
+    done = []
+    run = PartialRun(tmp_path / "recall[8b].json", {})
+    for _ in range(2):
+        assert run.run(["a"], lambda i: done.append(i) or [{}], "x") == [{}]
+    assert done == [0]
+    run.remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "before", "during"),
+    [
+        (0, 1, "error: wrong\n", "error: wrong\n"),
+        (0, 2, "error: wrong\n", "error: process 0 of 2: wrong\n"),
+        (1, 2, "", "error: process 1 of 2: wrong\n"),
+    ],
+)
+def test_every_process_tells_of_its_own_errors(rank, count, before, during, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+
+    def fail(error):
+        raise error("wrong")
+
+    def working(error):
+        """As all harnesses work, which turn a ValueError into a UsageError."""
+        run = schema.Result("x", {}, {"name": "x"}, {}, {}, [], [])
+        recording.complete(run, tmp_path / "x.json", ["a", "b"], lambda i: fail(error), lambda rows: [])
+
+    def printed(main):
+        assert commands.run_command(main) == 2
+        return capsys.readouterr().err.rpartition("\r")[2].rpartition("\x1b[A")[2]
+
+    assert printed(lambda argv: fail(commands.UsageError)) == before
+    for error in (commands.UsageError, ValueError):
+        assert printed(lambda argv, error=error: working(error)).splitlines(True)[-1:] == [during]
 
 
 @pytest.mark.parametrize("error", [commands.UsageError, ValueError, KeyboardInterrupt])

@@ -178,3 +178,23 @@ def test_data_sets_give_their_documents(tmp_path, recall_model):
     with pytest.raises(UsageError, match="--dataset"):
         list(documents(text_arguments(dataset=str(tmp_path / "set"), split="dev")))
     assert len(list(itertools.islice(documents(text_arguments()), 2))) == 1
+
+
+def test_rows_without_text_are_skipped_and_other_values_refused(tmp_path):
+    pytest.importorskip("datasets")
+    path = tmp_path / "lines.jsonl"
+    rows = [{"text": None, "n": 1}, {"text": "one", "n": 2}, {"text": None, "n": 3}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(documents(text_arguments(dataset=str(path)))) == ["one"]
+    with pytest.raises(UsageError, match=r"--column n: .*lines\.jsonl has int there, not text"):
+        list(documents(text_arguments(dataset=str(path), column="n")))
+
+
+@pytest.mark.parametrize("name", ["lines.ndjson", "lines.JSONL", "table.CSV"])
+def test_a_suffix_says_the_format_in_any_case(name, tmp_path):
+    pytest.importorskip("datasets")
+    path = tmp_path / name
+    path.write_text("text,n\none,1\n" if "CSV" in name else '{"text": "one", "n": 1}\n')
+    assert list(documents(text_arguments(dataset=str(path)))) == ["one"]
+    with pytest.raises(UsageError, match="there is no such file"):
+        list(documents(text_arguments(dataset=f"no-such-{name}")))

@@ -134,3 +134,29 @@ def test_other_ways_to_logits_are_refused(monkeypatch):
     monkeypatch.setattr(type(model), "forward", doubled)
     with pytest.raises(ValueError, match="its logits are not"):
         score_tokens(model, torch.arange(20))
+
+
+@pytest.mark.parametrize("positions", [slice(None), slice(40, 41)])
+def test_logits_that_are_no_numbers_are_refused(positions, monkeypatch):
+    model = tiny_model()
+    forward = type(model.model).forward
+
+    def overflowing(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.last_hidden_state[:, positions] = float("nan")
+        return output
+
+    monkeypatch.setattr(type(model.model), "forward", overflowing)
+    with pytest.raises(ValueError, match="logits are not numbers in float32; bfloat16 or float32 may help"):
+        score_tokens(model, torch.arange(2, 82))
+
+
+def test_an_inner_model_of_another_name_is_found(monkeypatch):
+    """Llama 4's text model says that it has its inner model as ``language_model``, which is another's."""
+    model, ids = tiny_model(), torch.randint(2, 199, (80,))
+    expected = score_tokens(model, ids).nll
+    monkeypatch.setattr(type(model), "base_model_prefix", "language_model")
+    assert model.base_model is model
+    torch.testing.assert_close(score_tokens(model, ids).nll, expected, equal_nan=True)
+    with pytest.raises(ValueError, match="LlamaModel has no separate output embedding"):
+        score_tokens(model.model, ids)

@@ -211,6 +211,18 @@ def test_a_bad_file_after_a_good_one_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ruler.json", "ttft.json"]
 
 
+def test_every_section_has_an_anchor_of_its_own(tmp_path):
+    paths = [tmp_path / name for name in ("a/x.json", "b/x.json", "x-2.json", "c/x.json")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"harness": "ttft", **RUN, **MADE["ttft"]}))
+    text, files = report.page(paths)
+    anchors = re.findall('<h2 id="([^"]+)"', text)
+    assert anchors[:2] == ["ttft-x", "ttft-x-2"]
+    assert len(set(anchors)) == len(files) == 4
+    assert re.findall('href="#([^"]+)"', text) == anchors
+
+
 def test_a_browser_shows_it(page, tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
