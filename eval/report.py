@@ -160,7 +160,7 @@ KINDS = {
     ),
     "lm_eval": Kind(
         "lm-evaluation-harness",
-        "Means over samples; changes are paired, ± one standard error.",
+        "Means over samples, their changes paired, ± one standard error; without one, what lm_eval aggregated.",
         lambda record: lm_eval_adapter.table(record["rows"], record["summary"][0]["density"]),
         lambda record: [],
     ),
