@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from eval.runner import PartialRun, process_count, process_rank
+from eval.runner import process_count, process_rank
 
 
 class UsageError(Exception):
     """Something the user asked for cannot be had; ends the command with one line and exit status 2."""
+
+
+class WorkError(UsageError):
+    """One of a process's own tasks; all others are the same in every process, and the first tells of them."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +33,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
     except UsageError as error:
-        if process_count() > 1 and _from_work(error):
+        if process_count() > 1 and isinstance(error, WorkError):
             print(f"error: process {process_rank()} of {process_count()}: {error}", file=sys.stderr)
         elif process_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -39,16 +42,6 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         if process_rank() == 0:
             print("interrupted", file=sys.stderr)
         return 130
-
-
-def _from_work(error: BaseException | None) -> bool:
-    """Whether an error, or the one that it was made of, is of the process's own tasks; all others are the same in every
-    process."""
-    while error is not None:
-        if any(frame.f_code is PartialRun.run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
-            return True
-        error = error.__context__
-    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -131,10 +131,9 @@ def encode_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> EncodedFact:
     asked = encode(tokenizer, f"\n{fact.question}")
     answered = encode(tokenizer, f"\n{fact.question}{fact.code}")
     encoded = EncodedFact(sentence, _common_prefix(asked, sentence), _common_prefix(answered, sentence))
-    if not tokenizer.decode(encoded.answer).strip().endswith(fact.code):
-        raise UsageError(
-            f"the tokenizer has no tokens for the code {fact.code} alone, got {tokenizer.decode(encoded.answer)!r}"
-        )
+    said = tokenizer.decode(encoded.answer)
+    if not said.strip().endswith(fact.code):
+        raise UsageError(f"the tokenizer has no tokens for the code {fact.code} alone, got {said!r}")
     return encoded
 
 

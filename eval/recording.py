@@ -20,7 +20,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import hf_flashprefill
-from eval.commands import UsageError, first_line
+from eval.commands import UsageError, WorkError, first_line
 from eval.runner import PartialRun, process_count
 from eval.schema import ModelRecord, Result
 from hf_flashprefill import FlashPrefillConfig, UnsupportedModelError
@@ -105,13 +105,13 @@ def complete(
         What was written; None in processes other than the first.
 
     Raises:
-        UsageError: ``work`` finds a model that cannot be patched or a value out of its range.
+        WorkError: ``work`` finds a model that cannot be patched or a value out of its range.
     """
     partial = PartialRun(output, run_settings(run) | (others or {}))
     try:
         rows = partial.run(names, work, run.harness, unit)
-    except (UnsupportedModelError, ValueError) as error:
-        raise UsageError(first_line(error)) from None
+    except (UnsupportedModelError, ValueError, UsageError) as error:
+        raise WorkError(first_line(error)) from None
     if rows is None:
         return None
     result = write_result(run, output, summarise(rows), rows)

@@ -250,7 +250,7 @@ def _is_packed(mask: CausalMask, position_ids: torch.Tensor, batch: int) -> bool
 
     transformers' masks look for them only where there is no cache, flash attention in every layer, if it gets no mask.
     """
-    if batch != 1 or mask.padding() is not None or type(mask).is_of_buffer:
+    if batch != 1 or mask.is_padded() or type(mask).is_of_buffer:
         return False
     if torch.compiler.is_compiling() or is_captured(position_ids):
         return None

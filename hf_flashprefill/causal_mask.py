@@ -79,7 +79,11 @@ class CausalMask(torch.Tensor):
 
     def padding(self) -> torch.Tensor | None:
         """The mask as a plain tensor, or None when nothing is padding."""
-        return None if self.stride(1) == 0 else _as_tensor(self)
+        return _as_tensor(self) if self.is_padded() else None
+
+    def is_padded(self) -> bool:
+        """Whether any key may be padding; without a copy of the mask."""
+        return self.stride(1) != 0
 
 
 # In a graph of torch 2.11 what ``runs_of`` is given is a mask, not a plain tensor, and may be calculated with as these.

@@ -179,8 +179,8 @@ def test_kernels_compile_clean(capability, head_dim):
             assert verdict["fences"] == _fences(verdict["kernel"], verdict["head_dim"]), verdict
         # What a program can have: 227 KB in data centres' cards from Hopper on, 163 KB on compute capability 8.0, 99 KB on the
         # others' smallest, which run no head dims above 256.
-        allowed = 232448 if capability in (90, 100) else 166912 if head_dim == 512 else 101376
-        assert verdict["shared_memory"] <= allowed, verdict
+        most_memory = 232448 if capability in (90, 100) else 166912 if head_dim == 512 else 101376
+        assert verdict["shared_memory"] <= most_memory, verdict
         if verdict["kernel"] == "gather":
             # Of 8192 numbers in two tensors, each of 128 threads loads and stores all of its own in 16-byte pieces.
             assert verdict["vector_accesses"] == 32, verdict

@@ -175,10 +175,10 @@ def _attend(
         first_mean = mean_set.to(tl.int64) * mean_rows * HEAD_DIM
         mean_weights_row = mean_weights_ptr + list_row * weights_width + first_weight(own, mean_blocks)
         # Whole steps of wider heads spill.
-        MEANS: tl.constexpr = BLOCK_N if BLOCK_D <= 256 else 16
+        MEANS_N: tl.constexpr = BLOCK_N if BLOCK_D <= 256 else 16
         # A pipeline of its own would spill on compute capability 8.0, and there are few steps to fill it.
-        for first_run in tl.range(0, runs, MEANS, num_stages=1):
-            run = first_run + tl.arange(0, MEANS)
+        for first_run in tl.range(0, runs, MEANS_N, num_stages=1):
+            run = first_run + tl.arange(0, MEANS_N)
             is_mean = run < runs
             mean_tile = run[:, None] * HEAD_DIM + channels[None, :]
             is_value = is_mean[:, None] & in_head[None, :]
@@ -362,7 +362,7 @@ def attend_blocks(
     tiles = attend_tiles(capability, block_d, query.dtype, geometry.block_size)
     described = _descriptors(key, value, block_d, tiles)
     if described is None and block_d > 256:
-        # Pointers take registers of their own: with four warps 324 to 780 bytes were spilled (9.0, triton 3.6).
+        # Pointers take registers of their own: with four warps 324 to 780 bytes were spilled (8.0, triton 3.6).
         tiles = tiles._replace(num_warps=8)
     mean_blocks, mean_rows = (1, 0) if means is None else means.key.shape[2:4]
     mean_weights = None if means is None else weigh_means(index, mean_blocks)

@@ -26,7 +26,8 @@ def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, 
         return AttendTiles(block_m=32, block_n=32, num_warps=4, num_stages=1 if block_d > 128 else 2)
     if block_d > 256:
         # H200, 8 query and 1 key-value heads, head_dim 512, bfloat16, 32K tokens, the operator, density .09 with means and all
-        # blocks without: 4.4 and 40 ms; 8 warps 8.2 and 89; 64 queries and 8 warps 4.3 and 40, but that spills with means.
+        # blocks without: 4.4 and 40 ms; 8 warps 8.2 and 89; 64 queries and 8 warps 4.3 and 40, but that spills with means
+        # (by a script that is not in this repo).
         if capability[0] in (9, 10):
             return AttendTiles(32, 32, num_warps=4, num_stages=2, copy_engine=True)
         return AttendTiles(32, 32, num_warps=8, num_stages=2)
