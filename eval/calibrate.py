@@ -101,6 +101,7 @@ def main(argv: list[str]) -> int:
     options.check_writable(settings)
     count = args.prompts if args.limit is None else min(args.prompts, args.limit)
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
+    models.check_context(model, max(args.lengths))
     corpus = corpus_ids(tokenizer, args)
     try:
         fitting, held_out = [], []

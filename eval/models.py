@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from eval.commands import UsageError, first_line
-from eval.runner import process_count
+from eval.runner import process_count, process_rank
 from hf_flashprefill import prefill_stats
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
@@ -93,6 +97,75 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
     """The model's config, or that of the part of a multimodal model that reads text."""
     return model.config.get_text_config(decoder=True)
+
+
+def check_context(model: PreTrainedModel, tokens: int) -> None:
+    """Look whether the model can read so many tokens. One line on stderr says so if its config stops short of them: rotary
+    positions go on, but what a model answers beyond those it was trained on says little.
+
+    Raises:
+        UsageError: Its positions are learned one by one, and there are fewer.
+    """
+    config = text_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or tokens <= max(limit, _stretched_context(config)):
+        return
+    # GPT-2 and its like call them wpe, OPT embed_positions, with two more than there are positions.
+    tables = (name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    if any(name.endswith("wpe") or "position" in name.rsplit(".", 1)[-1] for name in tables):
+        raise UsageError(f"--lengths: {tokens} tokens are more than the {limit} positions of {type(model).__name__}")
+    if process_rank() == 0:
+        print(f"warning: {tokens} tokens are more than the model's max_position_embeddings, {limit}", file=sys.stderr)
+
+
+def _stretched_context(config: PretrainedConfig) -> int:
+    """Tokens that YaRN and its like stretch rotary positions to; Qwen's configs leave max_position_embeddings as it was."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # One for all layers, or one for each type of layer.
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    return max(
+        (int((kind.get("factor") or 1) * (kind.get("original_max_position_embeddings") or 0)) for kind in kinds), default=0
+    )
+
+
+def check_numbers(model: PreTrainedModel, totals: torch.Tensor) -> None:
+    """Look at logsumexps of logits. A logit of -inf is a token ruled out.
+
+    Raises:
+        ValueError: One is not finite: NaN or infinity is among the logits.
+    """
+    if not totals.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{type(model).__name__}: its logits are not numbers in {dtype}; bfloat16 or float32 may help (--dtype)"
+        )
+
+
+class _NumbersOnly(LogitsProcessor):
+    """Stops ``generate`` where the largest of no numbers would be a token like any other: the first of the vocabulary."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_numbers(self._model, scores.logsumexp(-1))
+        return scores
+
+
+@torch.no_grad()
+def continuation(
+    model: PreTrainedModel, ids: Sequence[int], new_tokens: int, streamer: BaseStreamer | None = None
+) -> list[int]:
+    """Up to so many tokens that the model as it is finds likeliest after ``ids``, with whatever ends the text.
+
+    Raises:
+        ValueError: Its logits are not numbers.
+    """
+    prompt = torch.tensor([ids], device=model.device)
+    asked = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new_tokens, "streamer": streamer}
+    with greedy(model):
+        made = model.generate(prompt, logits_processor=[_NumbersOnly(model)], **asked)
+    return made[0, len(ids) :].tolist()
 
 
 @contextlib.contextmanager

@@ -100,21 +100,21 @@ def middle_prompt(
 @torch.no_grad()
 def answer(model: PreTrainedModel, prompt: Prompt) -> Outcome:
     """Ask the model as it is."""
-    ids = torch.tensor([prompt.ids], device=model.device)
     if prompt.placement == "end":
         clock, expected = FirstTokenClock(), prompt.answers[0]
-        with models.greedy(model):
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(expected), streamer=clock)
-        correct = [made[0, len(prompt.ids) :].tolist() == expected]
+        correct = [models.continuation(model, prompt.ids, len(expected), clock) == expected]
         seconds = clock.seconds
     else:
         asked = torch.tensor(
             [start + i - 1 for start, a in zip(prompt.answer_starts, prompt.answers, strict=True) for i in range(len(a))],
             device=model.device,
         )
+        ids = torch.tensor([prompt.ids], device=model.device)
         started = time.perf_counter()
-        choice = model(ids, logits_to_keep=asked).logits[0].argmax(-1).tolist()
+        logits = model(ids, logits_to_keep=asked).logits[0]
+        choice = logits.argmax(-1).tolist()
         seconds = time.perf_counter() - started
+        models.check_numbers(model, logits.float().logsumexp(-1))
         correct, used = [], 0
         for expected in prompt.answers:
             correct.append(choice[used : used + len(expected)] == expected)
@@ -238,6 +238,8 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         raise commands.UsageError(f"--lengths: {error}") from None
     prompts = options.limited(groups, args.limit)
+    # The last token of an answer is not read.
+    models.check_context(model, max(len(prompt.ids) + max(map(len, prompt.answers)) - 1 for _, prompt in prompts))
 
     def work(i: int) -> list[dict]:
         prompt = prompts[i][1]

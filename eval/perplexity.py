@@ -224,6 +224,7 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     config = check_arguments(args)
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
+    models.check_context(model, max(args.lengths))
     groups = []
     for length in dict.fromkeys(args.lengths):
         found = windows(source(args), tokenizer, length, args.documents, args.seed)

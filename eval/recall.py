@@ -200,6 +200,7 @@ def main(argv: list[str]) -> int:
     config = options.check_run_arguments(args).resolved()
     check_prompt_arguments(args)
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
+    models.check_context(model, max(args.lengths))
     corpus = corpus_ids(tokenizer, args)
     try:
         groups = [

@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval import commands, models, options, recording, tables
@@ -70,14 +69,10 @@ def encode_sample(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> list[in
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], new_tokens: int) -> tuple[str, float]:
     """What the model as it is goes on with, and the seconds it took."""
     started = time.perf_counter()
-    prompt = torch.tensor([ids], device=model.device)
-    with models.greedy(model):
-        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens)
-    text = tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
+    text = tokenizer.decode(models.continuation(model, ids, new_tokens), skip_special_tokens=True)
     return text.strip(), time.perf_counter() - started
 
 
@@ -263,6 +258,7 @@ def main(argv: list[str]) -> int:
         if name in args.tasks:
             raise commands.UsageError(f"--tasks {name} needs a source: give --{name.replace('_', '-')}")
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
+    models.check_context(model, max(args.lengths))
     sources = load_sources(args)
     samples = options.limited(make_samples(tokenizer, args, sources), args.limit)
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from eval import models
+
 # Logits of this many entries at a time, 256 MiB in float32: 512 rows of a vocabulary of 128K.
 LOGITS_AT_ONCE = 1 << 26
 
@@ -59,7 +61,7 @@ def score_tokens(
     for start, logits in _logits(model, hidden[:-1]):
         rows = slice(first + start, first + start + len(logits))
         wanted, total = targets[rows, None], logits.logsumexp(-1)
-        _check_numbers(model, total)
+        models.check_numbers(model, total)
         nll[rows] = (total - logits.gather(-1, wanted)[:, 0]).cpu()
         first_choice[rows] = (logits.argmax(-1) == wanted[:, 0]).cpu()
     return TokenScores(nll, first_choice)
@@ -82,7 +84,7 @@ def hidden_states(model: PreTrainedModel, ids: torch.Tensor, past_key_values: Ca
     finally:
         hook.remove()
     hidden = states[0][0]
-    _check_numbers(model, logits[0, -1].float().logsumexp(-1))
+    models.check_numbers(model, logits[0, -1].float().logsumexp(-1))
     _, own = next(_logits(model, hidden[-1:]))
     if not torch.allclose(own[0], logits[0, -1].float(), rtol=0.02, atol=0.02 * own.abs().max().item()):
         raise ValueError(f"{type(model).__name__}: its logits are not its output embedding of its last hidden state")
@@ -94,15 +96,6 @@ def _inner_model(model: PreTrainedModel) -> nn.Module | None:
     # Llama 4's text model calls it ``model`` but says ``language_model``, so that it takes itself for its inner model.
     inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     return next((found for found in (model.base_model, *inner) if found is not model), None)
-
-
-def _check_numbers(model: PreTrainedModel, totals: torch.Tensor) -> None:
-    """Raise if a logsumexp of logits is not finite: NaN or infinity is among them. A logit of -inf is a token ruled out."""
-    if not totals.isfinite().all():
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{type(model).__name__}: its logits are not numbers in {dtype}; bfloat16 or float32 may help (--dtype)"
-        )
 
 
 def _cache_arguments(model: PreTrainedModel, past_key_values: Cache | None) -> dict:

@@ -208,6 +208,7 @@ def main(argv: list[str]) -> int:
     options.check_range("--mass-rows", args.mass_rows, 1)
     points = parse_curves(args.curves, config)
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
+    models.check_context(model, max(args.lengths))
     corpus = corpus_ids(tokenizer, args)
     try:
         groups = [

@@ -228,6 +228,7 @@ def main(argv: list[str]) -> int:
         model = random_model(args.shape, str(models.usable_device(args.device)), args.dtype)
     else:
         model, _ = models.load_model(args.model, args.device, args.dtype)
+    models.check_context(model, max(length for length, _ in tasks))
 
     def work(i: int) -> list[dict]:
         length, density = tasks[i]
