@@ -361,9 +361,8 @@ def attend_blocks(
     capability = compute_capability(query)
     tiles = attend_tiles(capability, block_d, query.dtype, geometry.block_size)
     described = _descriptors(key, value, block_d, tiles)
-    if described is None and block_d > 256:
-        # Pointers take registers of their own: with four warps 324 to 780 bytes were spilled (8.0, triton 3.6).
-        tiles = tiles._replace(num_warps=8)
+    if described is None:
+        tiles = tiles.with_pointers(block_d)
     mean_blocks, mean_rows = (1, 0) if means is None else means.key.shape[2:4]
     mean_weights = None if means is None else weigh_means(index, mean_blocks)
     with launch_context(query):

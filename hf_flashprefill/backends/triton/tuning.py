@@ -18,6 +18,11 @@ class AttendTiles(NamedTuple):
     num_stages: int
     copy_engine: bool = False
 
+    def with_pointers(self, block_d: int) -> AttendTiles:
+        """The same for keys that the copy engine cannot load."""
+        # Pointers take registers of their own: with four warps 324 to 780 bytes were spilled (8.0, triton 3.6).
+        return self._replace(copy_engine=False, num_warps=8 if block_d > 256 else self.num_warps)
+
 
 def attend_tiles(capability: tuple[int, int], block_d: int, dtype: torch.dtype, block_size: int) -> AttendTiles:
     """Tiles of the portable attend kernel for a padded head_dim ``block_d``."""
