@@ -285,6 +285,22 @@ def test_cascades_chunked_attention_and_fused_outputs_stay_dense(parts, monkeypa
     assert layer_counts(chunked).dense_calls["chunked local attention"] == len(LONG)
 
 
+def test_layers_without_a_kernel_stay_dense(parts, monkeypatch):
+    """Head dims above 256 in float32, say, which torch would serve slower than the base does."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+    from hf_flashprefill.integrations.vllm import backend as ours
+
+    asked = []
+    monkeypatch.setattr(ours, "lacks_kernel", lambda *kind: asked.append(kind) or True)
+    monkeypatch.setattr(FlashAttentionImpl, "forward", lambda self, *args, **kwargs: None)
+    builder, impl, layer = parts()
+    run(builder, impl, layer, *batch())
+    assert asked == [("auto", torch.device("cpu"), torch.float32, SIZE)]
+    assert layer_counts(builder).sparse_calls == 0
+    assert layer_counts(builder).dense_calls["no GPU kernel"] == len(LONG)
+
+
 def test_captures_and_drafts_are_neither_divided_nor_counted(parts):
     from hf_flashprefill.integrations.vllm.backend import SPLIT
 

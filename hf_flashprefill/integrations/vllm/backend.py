@@ -22,7 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ...functional import DTYPES, flash_prefill_attention
+from ...functional import DTYPES, flash_prefill_attention, lacks_kernel
 from ...stats import record_dense, record_sparse
 from .config import settings_from
 from .gather import gather_row
@@ -224,6 +224,8 @@ class SparsePrefillImpl:
             return "quantised KV cache"
         if query.dtype not in DTYPES:
             return "unsupported dtype"
+        if lacks_kernel(self._settings.prefill.backend, query.device, query.dtype, self.head_size):
+            return "no GPU kernel"
         return None
 
 
