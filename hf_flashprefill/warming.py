@@ -17,7 +17,8 @@ from .crossover.known import known_crossover, rule_of
 from .crossover.measure import lengths_to_time
 from .fitting import heads_of
 from .functional import DTYPES, flash_prefill_attention, lacks_kernel
-from .patch import _SeamPart, patched_config
+from .patch import patched_config
+from .seam import SeamPart
 
 
 class LayerKind(NamedTuple):
@@ -92,14 +93,14 @@ def warmup(model: nn.Module, max_seq_len: int | None = None, *, probe: bool = Tr
     if max_seq_len is not None and (not is_number(max_seq_len) or max_seq_len < 1):
         raise ValueError(f"max_seq_len must be a whole number >= 1 tokens or None, got {max_seq_len!r}")
     layers = []
-    for kind in dict.fromkeys(_layer_kinds(_SeamPart.of(model), config)):
+    for kind in dict.fromkeys(_layer_kinds(SeamPart.of(model), config)):
         seconds = {name: _first_call_s(kind, config, *call) for name, call in _situations(config.block_size).items()}
         source = _crossover_source(kind, config, max_seq_len, probe)
         layers.append(LayerWarmup(str(kind), seconds, min_seq_len_for(config, kind.shape, kind.device), source))
     return WarmupReport(layers)
 
 
-def _layer_kinds(part: _SeamPart, config: FlashPrefillConfig) -> Iterator[LayerKind]:
+def _layer_kinds(part: SeamPart, config: FlashPrefillConfig) -> Iterator[LayerKind]:
     """The kind of every layer that can run sparse, as far as modules tell."""
     processes = getattr(part.model, "tp_size", None) or 1
     for module in part.attention_modules():

@@ -10,18 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import hf_flashprefill.patch as patching
 from hf_flashprefill import (
     UnsupportedModelError,
     is_patched,
+    patch,
     patch_model,
     patched,
     patched_config,
     prefill_stats,
+    seam,
     unpatch_model,
     unpatched,
 )
-from hf_flashprefill.patch import NAME
+from hf_flashprefill.seam import NAME
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import prompt
 from tests.inputs import tiny_model
@@ -51,6 +52,18 @@ def test_patching_again_changes_nothing_but_the_settings():
     unpatch_model(model)
     assert traces(model) == []
     assert torch.equal(logits(model), expected)
+
+
+def test_a_patched_model_given_another_implementation_by_hand_is_unpatched_whole():
+    model = tiny_model()
+    patch_model(model, alpha=0, **SETTINGS)
+    logits(model)
+    model.set_attn_implementation("eager")
+    assert not is_patched(model)
+    assert traces(model) != []
+    assert unpatch_model(model).config._attn_implementation == "eager"
+    assert traces(model) == []
+    assert prefill_stats(model).sparse_calls == 2
 
 
 def test_two_models_with_different_settings_do_not_touch_each_other():
@@ -241,7 +254,7 @@ def test_an_exception_in_the_middle_of_patching_leaves_nothing_half_done(error, 
         patch_model(model, alpha=0.5, **SETTINGS)
         logits(model)
     before, counted = patched_config(model), prefill_stats(model)
-    owner = type(model) if hasattr(model, victim) else patching
+    owner = next(place for place in (type(model), patch, seam) if hasattr(place, victim))
     original, calls = getattr(owner, victim), []
 
     def fails_at_first(*args, **kwargs):

@@ -1,6 +1,7 @@
 """The support matrix: every cell gives the unpatched model's numbers, and docs/support.md says what the cells do."""
 
-import functools
+import os
+import pickle
 import re
 from pathlib import Path
 
@@ -30,14 +31,28 @@ def _one_thread():
     logging.set_verbosity(verbosity)
 
 
-@functools.cache
-def column(family: str, base: str) -> Column:
-    return check_column(family, base)
+@pytest.fixture(scope="session")
+def column(tmp_path_factory):
+    """(family, base) -> its cells, worked out once by all processes of pytest-xdist together: all of them take minutes."""
+    # Theirs lie side by side in one folder.
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "support"
+    folder.mkdir(exist_ok=True)
+
+    def cells(family: str, base: str) -> Column:
+        path = folder / f"{family}-{base}.pickle"
+        if not path.exists():
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            unfinished.write_bytes(pickle.dumps(check_column(family, base)))
+            unfinished.replace(path)
+        return pickle.loads(path.read_bytes())
+
+    return cells
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("family", "base"), list(columns()))
-def test_patched_equals_unpatched(family, base):
+def test_patched_equals_unpatched(family, base, column):
     cells = column(family, base)
     assert {name: cell.wrong for name, cell in cells.items() if cell.wrong is not None} == {}
     for name, cell in cells.items():
@@ -46,7 +61,7 @@ def test_patched_equals_unpatched(family, base):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_written_table_is_true():
+def test_the_written_table_is_true(column):
     written = TABLE.read_text(encoding="utf-8")
     version = re.search(r"transformers ([\d.]+)", written).group(1)
     if version != transformers.__version__:
@@ -60,7 +75,7 @@ def _claims(text: str) -> list[str]:
     return [re.sub(r"n/a \d+", "n/a", row) for row in rows]
 
 
-def test_every_plain_family_is_sparse_somewhere():
+def test_every_plain_family_is_sparse_somewhere(column):
     """The matrix must not agree because nothing of ours ran."""
     never = {"gemma2", "deepseek_v3"}
     for family in FAMILIES:

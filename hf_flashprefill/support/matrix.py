@@ -11,7 +11,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..fitting import UnsupportedModelError
-from ..patch import _SeamPart, patched
+from ..patch import patched
+from ..seam import SeamPart
 from ..stats import PrefillStats, prefill_stats
 from .families import FAMILIES, tiny_model
 from .situations import SITUATIONS, Outcome, Situation
@@ -96,11 +97,11 @@ def check(model: PreTrainedModel, situation: Situation) -> Cell:
         except Exception as error:
             return Cell(wrong=f"raises {_one_line(error)}")
         wrong = _difference(actual, expected)
-        if wrong is not None and _SeamPart.of(model).base == "flex_attention" and _agrees_with_sdpa(model, situation, actual):
+        if wrong is not None and SeamPart.of(model).base == "flex_attention" and _agrees_with_sdpa(model, situation, actual):
             return Cell(not_run="unpatched, flex_attention gives other numbers than sdpa; patched it gives those of sdpa")
     # Hooks are no part of a compiled graph.
     if wrong is None and not situation.compiled:
-        wrong = _uncounted(stats, calls, _SeamPart.of(model).config)
+        wrong = _uncounted(stats, calls, SeamPart.of(model).config)
     return Cell(
         sparse_layers=sum(layer.sparse_calls > 0 for layer in stats.layers),
         layers=len(stats.layers),
@@ -110,7 +111,7 @@ def check(model: PreTrainedModel, situation: Situation) -> Cell:
 
 
 def _agrees_with_sdpa(model: PreTrainedModel, situation: Situation, actual: Outcome) -> bool:
-    part = _SeamPart.of(model)
+    part = SeamPart.of(model)
     previous = part.implementation
     part.set_implementation("sdpa")
     try:
@@ -142,7 +143,7 @@ def _counted_calls(model: PreTrainedModel) -> Iterator[Counter]:
     def count(module, *_):
         calls[module.layer_idx] += 1
 
-    handles = [module.register_forward_pre_hook(count) for module in _SeamPart.of(model).attention_modules()]
+    handles = [module.register_forward_pre_hook(count) for module in SeamPart.of(model).attention_modules()]
     try:
         yield calls
     finally:
