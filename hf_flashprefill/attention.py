@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import modeling_flash_attention_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -23,7 +24,7 @@ from .causal_mask import CausalMask
 from .config import FlashPrefillConfig
 from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
-from .fitting import UnsupportedModelError, eager_attention_of, layer_number, misfit_of_layer
+from .fitting import UnsupportedModelError, eager_attention_of, is_replaced, layer_number, misfit_of_layer
 from .functional import DTYPES, flash_prefill_attention, lacks_kernel
 from .masking import base_mask_for, is_captured, is_flash
 from .stats import has_record, record_compiled_audit, record_compiled_sparse, record_dense, record_sparse
@@ -189,6 +190,8 @@ def dense_reason(
         return "dense layer"
     if lacks_kernel(config.backend, query.device, query.dtype, query.shape[3]):
         return "no GPU kernel"
+    if is_replaced(settings.base):
+        return "attention replaced"
     for name, reason in FOREIGN_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             return reason
@@ -210,6 +213,8 @@ def dense_reason(
             return "gradients needed"
         if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in tensors):
             return "torch.vmap"
+        if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
+            return "tensor subclass"
     if dropout:
         return "dropout"
     if _asks_for_weights(module, kwargs.get("output_attentions")):

@@ -103,7 +103,7 @@ class BlockIndex:
         # The first query of a block looks back farthest.
         first = torch.div((visible - 1) * block_size - sliding_window + 1, block_size, rounding_mode="floor").clamp(min=0)
         counts = (visible - first).clamp(min=0)
-        width = -(-(sliding_window - 1) // block_size) + 1
+        width = geometry.window_width(sliding_window)
         indices = first[..., None] + torch.arange(width, device=device)
         shape = (geometry.batch, heads, query_blocks)
         indices = indices[:, None].expand(*shape, width).to(torch.int32, memory_format=torch.contiguous_format)

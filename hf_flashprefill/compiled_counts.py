@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from .fitting import heads_of
 
@@ -16,6 +17,7 @@ DENSE_REASONS = (
     "shorter than min_seq_len",
     "dense layer",
     "no GPU kernel",
+    "attention replaced",
     "attention sinks",
     "softcap",
     "position bias",
@@ -26,6 +28,7 @@ DENSE_REASONS = (
     "training mode",
     "gradients needed",
     "torch.vmap",
+    "tensor subclass",
     "dropout",
     "output_attentions",
     "mask unknown while compiling",
@@ -82,7 +85,7 @@ class CompiledCounts:
         """Lasting counts where an attention layer's weights are; None if that, or how many heads it has, is not known."""
         heads = heads_of(module)
         weight = next(module.parameters(), None)
-        if not isinstance(heads, int) or weight is None or weight.device.type == "meta":
+        if not isinstance(heads, int) or weight is None or weight.device.type == "meta" or isinstance(weight, FakeTensor):
             return None
         return cls.lasting(heads, weight.device)
 

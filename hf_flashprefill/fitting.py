@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel, modeling_flash_attention_utils
+from transformers.integrations import flash_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 class UnsupportedModelError(ValueError):
@@ -103,6 +106,28 @@ def misfit_of_layer(layer: nn.Module, base: str) -> str | None:
     if cuts_masks(getattr(layer, "config", None)) and base not in ("sdpa", "eager"):
         return f"{name} belongs to a model that cuts masks, which {base} does not allow"
     return None
+
+
+# By the names that transformers gives a meaning. What others have put under one of them before is not taken for its own.
+_OWN_FUNCTIONS = {
+    name: function if function.__module__.startswith("transformers.") else None
+    for name, function in AttentionInterface._global_mapping.items()
+}
+
+
+@torch._dynamo.assume_constant_result
+def is_replaced(base: str) -> bool:
+    """Whether somebody has put another attention where a base implementation of transformers was.
+
+    Sequence parallelism does so (DeepSpeed's Ulysses under the name, others in the functions below it), with layers that hold a
+    part of the prompt each: what is causal there only the replacement knows.
+    """
+    if base in _OWN_FUNCTIONS and ALL_ATTENTION_FUNCTIONS[base] is not _OWN_FUNCTIONS[base]:
+        return True
+    if base == "sdpa":
+        return F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention
+    own = modeling_flash_attention_utils._flash_attention_forward
+    return "flash" in base and flash_attention._flash_attention_forward is not own
 
 
 def heads_of(layer: nn.Module) -> int | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import reference
 from .arithmetic import exact_arithmetic
@@ -23,6 +25,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # 1M tokens and 32 heads would take 17 GiB at once. The pooled keys of such a prompt, 8 heads and 128 channels, are
 # a quarter of a GiB already, and all scratch together should stay below one.
 SCRATCH_BYTES = 1 << 28
+# Query blocks of a round at most: a launch of the attention has up to four programs for each, side by side in a dimension of
+# its grid that ends at 65535.
+ROUND_BLOCKS = 1 << 13
 
 
 class PrefillOutput(NamedTuple):
@@ -32,6 +37,44 @@ class PrefillOutput(NamedTuple):
     index: BlockIndex
 
 
+@overload
+def flash_prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    config: FlashPrefillConfig | None = ...,
+    scale: float | None = ...,
+    query_offset: int | None = ...,
+    valid_ranges: torch.Tensor | None = ...,
+    sliding_window: int | None = ...,
+    sinks: torch.Tensor | None = ...,
+    kept_pools: KeptPools | None = ...,
+    return_index: Literal[False] = ...,
+    on_index: Callable[[BlockIndex], None] | None = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def flash_prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    config: FlashPrefillConfig | None = ...,
+    scale: float | None = ...,
+    query_offset: int | None = ...,
+    valid_ranges: torch.Tensor | None = ...,
+    sliding_window: int | None = ...,
+    sinks: torch.Tensor | None = ...,
+    kept_pools: KeptPools | None = ...,
+    return_index: Literal[True],
+    on_index: Callable[[BlockIndex], None] | None = ...,
+) -> PrefillOutput: ...
+
+
+# Traced, one call became nine graphs with three breaks (torch 2.13, on a CPU); custom_op.py has the operator for graphs.
+@torch.compiler.disable
 def flash_prefill_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -96,6 +139,8 @@ def flash_prefill_attention(
     if kept_pools is not None:
         _check_kept_pools(kept_pools, key, config, backend, valid_ranges)
         kept_pools.forget_from(geometry.query_offset)
+    # Here and once: each round of a long prompt would copy what has its channels apart.
+    query, key, value = (_as_kernels_read(tensor) for tensor in (query, key, value))
     options: dict[str, Any] = {"scale": scale, "sliding_window": window, "sinks": sinks}
     parts: list[BlockIndex] = []
     pooled = None
@@ -172,13 +217,16 @@ def select_in_rounds(
     of the keys, if it was called.
     """
     backend, heads = resolve_backend(config.backend, query), query.shape[1]
+    width = geometry.key_blocks if sliding_window is None else geometry.window_width(sliding_window)
     # The reference attends a whole call at once.
-    rounds = [(0, geometry.query_blocks)] if backend is reference else _rounds(geometry, heads)
+    rounds = [(0, geometry.query_blocks)] if backend is reference else _rounds(geometry, heads, width)
     if sliding_window is not None:
         for first, count in rounds:
             yield BlockIndex.of_window(geometry, heads, sliding_window, first, count, query.device)
         return
     rule = {"scale": scale, **selection_rule(config)}
+    # Kernels count in 32 bits.
+    rule["dense_tail_blocks"] = min(rule["dense_tail_blocks"], geometry.query_blocks)
     if backend is reference:
         yield reference.select_blocks(query, key, geometry, **rule)
         return
@@ -255,10 +303,11 @@ def triton_obstacle(query: torch.Tensor | TensorKind) -> str | None:
     return triton.obstacle(query)
 
 
-def _rounds(geometry: PrefillGeometry, heads: int) -> list[tuple[int, int]]:
-    """(first, count) of the query blocks worked on together; follows from shapes alone."""
-    bytes_per_block = 8 * geometry.batch * heads * geometry.key_blocks
-    step = max(1, SCRATCH_BYTES // max(1, bytes_per_block))
+def _rounds(geometry: PrefillGeometry, heads: int, width: int) -> list[tuple[int, int]]:
+    """(first, count) of the query blocks worked on together, whose lists hold up to ``width`` blocks; follows from shapes
+    alone."""
+    bytes_per_block = 8 * geometry.batch * heads * width
+    step = min(max(1, SCRATCH_BYTES // max(1, bytes_per_block)), ROUND_BLOCKS)
     return [(first, min(step, geometry.query_blocks - first)) for first in range(0, geometry.query_blocks, step)]
 
 
@@ -273,6 +322,9 @@ def _checked_geometry(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if is_traceable_wrapper_subclass(tensor):
+            # A DTensor has no memory of its own, and a kernel would read whatever lies at address 0.
+            raise TypeError(f"{name} must be a plain tensor, got {type(tensor).__name__}; of a DTensor pass to_local()")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim], got shape {_shape(tensor)}")
         if tensor.dtype not in DTYPES:
@@ -295,7 +347,7 @@ def _checked_geometry(
         raise ValueError(f"key must hold at least the query's {query_len} tokens, got {kv_len}")
     if query_offset is None:
         query_offset = kv_len - query_len
-    elif not is_number(query_offset):
+    elif not is_number(query_offset, numbers.Integral):
         raise TypeError(f"query_offset must be an int from 0 to {kv_len - query_len}, got {query_offset!r}")
     elif not 0 <= query_offset <= kv_len - query_len:
         raise ValueError(f"query_offset must be from 0 to {kv_len - query_len}, got {query_offset}")
@@ -306,18 +358,24 @@ def _checked_geometry(
             raise ValueError(f"valid_ranges must have shape ({batch}, 2), got {_shape(valid_ranges)}")
         # The kernels read it as numbers side by side.
         valid_ranges = valid_ranges.to(device=query.device, dtype=torch.int32).contiguous()
-    return PrefillGeometry(batch, query_len, kv_len, query_offset, block_size, valid_ranges)
+    return PrefillGeometry(batch, query_len, kv_len, int(query_offset), block_size, valid_ranges)
+
+
+def _as_kernels_read(tensor: torch.Tensor) -> torch.Tensor:
+    """With its channels side by side, and without torch's note that its numbers stand for their negatives."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _checked_window(sliding_window: int | None, kv_len: int) -> int | None:
     """The window if it hides any key of the call."""
     if sliding_window is None:
         return None
-    if not is_number(sliding_window):
+    if not is_number(sliding_window, numbers.Integral):
         raise TypeError(f"sliding_window must be an int >= 1 or None, got {sliding_window!r}")
     if sliding_window < 1:
         raise ValueError(f"sliding_window must be >= 1, got {sliding_window}")
-    return sliding_window if sliding_window < kv_len else None
+    return int(sliding_window) if sliding_window < kv_len else None
 
 
 def _checked_sinks(sinks: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -361,7 +419,7 @@ def _check_kept_pools(
 
 
 def _checked_scale(scale: float) -> float:
-    if not is_number(scale, (int, float)):
+    if not is_number(scale, numbers.Real):
         raise TypeError(f"scale must be a finite number > 0, got {scale!r}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a finite number > 0, got {scale!r}")

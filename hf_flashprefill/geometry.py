@@ -64,6 +64,10 @@ class PrefillGeometry:
         """Most key blocks that query block number ``query_block`` (from 0) of any row can see."""
         return min(self.key_blocks, self.query_offset // self.block_size + query_block + 1)
 
+    def window_width(self, sliding_window: int) -> int:
+        """Most key blocks that a query block sees through a window of so many tokens, as far as there are any."""
+        return -(-(sliding_window - 1) // self.block_size) + 1
+
     def certain_blocks(self, query_block: int) -> int:
         """Key blocks that every row of query block number ``query_block`` sees whole, as far as the host knows.
 

@@ -12,6 +12,8 @@ import math
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
+from transformers import masking_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
@@ -33,8 +35,11 @@ def prefill_mask(base: str, settings: FlashPrefillConfig, **arguments: Any) -> A
         # what is there: it may be cut to a window's keys already.
         return arguments["attention_mask"]
     mask = None
-    # A non-strict export and torch.jit.trace run this as it is, on tensors of which they can make no subclass.
-    is_export = torch.jit.is_tracing() or (torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling())
+    # A non-strict export, torch.jit.trace and FakeTensorMode run this as it is, on tensors of which they can make no subclass.
+    if torch.compiler.is_compiling():
+        is_export = not torch.compiler.is_dynamo_compiling()
+    else:
+        is_export = torch.jit.is_tracing() or detect_fake_mode() is not None
     if not is_export and _device(arguments).type != "meta" and _is_long_enough(settings, arguments):
         mask = _compiled_mask(arguments) if torch.compiler.is_compiling() else _causal_mask(arguments)
     if mask is not None:
@@ -184,7 +189,7 @@ def _compiled_locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
         return math.inf, None
     config = arguments["config"]
     is_window = (
-        getattr(function, "__code__", None) is _WINDOWED.__code__
+        _is_made_by(function, _BOTH)
         and arguments.get("allow_is_causal_skip", False)
         and local_size == getattr(config, "sliding_window", None)
         and getattr(config, "attention_chunk_size", None) is None
@@ -205,24 +210,53 @@ def _is_nonzero(value: Any) -> bool:
 def _locality(arguments: dict[str, Any]) -> tuple[float, int | None]:
     """The length up to which the asked for mask is plain causal: a window or chunk size, infinity, or 0 for any other mask;
     and the sliding window that cuts it from there on, None if something else does."""
-    function, local_size = arguments.get("mask_function", causal_mask_function), arguments.get("local_size")
+    local_size = arguments.get("local_size")
+    function = _without_empty_overlays(arguments.get("mask_function", causal_mask_function))
     if function is causal_mask_function:
         return (math.inf if local_size is None else local_size), None
     # A window or chunks over causal, and nothing more; packed sequences and image blocks wrap this in functions of their own.
-    if local_size is None or getattr(function, "__code__", None) is not _WINDOWED.__code__:
+    parts = [_without_empty_overlays(part) for part in _parts_of(function, _BOTH)]
+    overlays = [part for part in parts if part is not causal_mask_function]
+    if len(parts) != 2 or len(overlays) != 1:
         return 0, None
-    parts = function.__closure__[0].cell_contents
-    if len(parts) != 2 or parts[1] is not causal_mask_function:
+    if _is_made_by(overlays[0], _CHUNKED):
+        return local_size or 0, None
+    if not _is_made_by(overlays[0], _SLIDING):
         return 0, None
-    code = getattr(parts[0], "__code__", None)
-    if code is _CHUNKED.__code__:
-        return local_size, None
-    is_window = code is _SLIDING.__code__ and parts[0].__closure__[0].cell_contents == local_size
-    return (local_size, local_size) if is_window else (0, None)
+    (window,) = (cell.cell_contents for cell in overlays[0].__closure__)
+    return (window, window) if local_size in (None, window) else (0, None)
 
 
-_WINDOWED = sliding_window_causal_mask_function(1)
+def _is_made_by(function: Any, example: Any) -> bool:
+    """Whether a mask function comes from the function of transformers that made the example."""
+    return getattr(function, "__code__", None) is example.__code__
+
+
+def _parts_of(function: Any, combination: Any) -> tuple:
+    """The mask functions of which another is made as the example is; none if it is not."""
+    return function.__closure__[0].cell_contents if _is_made_by(function, combination) else ()
+
+
+def _without_empty_overlays(function: Any) -> Any:
+    """A mask function without what would join the tokens of each image, where there is no image: Gemma 3's processor has types
+    of tokens for every prompt. Waits for the device once for each such overlay."""
+    if _BLOCKWISE is None:
+        return function
+    parts = [part for part in _parts_of(function, _EITHER) if not _is_empty_overlay(part)]
+    return parts[0] if len(parts) == 1 else function
+
+
+def _is_empty_overlay(function: Any) -> bool:
+    if not _is_made_by(function, _BLOCKWISE):
+        return False
+    (blocks,) = (cell.cell_contents for cell in function.__closure__)
+    return not is_captured(blocks) and not bool((blocks >= 0).any())
+
+
+_BOTH, _EITHER = sliding_window_causal_mask_function(1), masking_utils.or_masks(causal_mask_function)
 _SLIDING, _CHUNKED = sliding_window_overlay(1), chunked_overlay(1, torch.zeros(1, dtype=torch.int64))
+# Since transformers 5.
+_BLOCKWISE = masking_utils.blockwise_overlay(torch.zeros(1, 1)) if hasattr(masking_utils, "blockwise_overlay") else None
 
 
 # After a graph break dynamo would compile this alone, though it was called because nothing is being compiled.

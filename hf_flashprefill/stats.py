@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from .fitting import layer_number
 # Where a patched model's attention layers keep their record. An attribute, and not a table by module, because a compiled
 # graph finds its way from the module it is in to a tensor only along attributes.
 ATTRIBUTE = "_block_sparse_prefill"
+
+# Threads may prefill with one model: what is counted outside of graphs is read and written under this lock.
+_COUNTING = threading.Lock()
 
 
 @dataclass
@@ -54,16 +58,18 @@ class LayerRecord:
 
     def add_index(self, index: BlockIndex) -> None:
         kept, visible = index.counts.sum((0, 2), dtype=torch.int64), index.visible_total()
-        # A layer that moved to another device starts from what it had there.
-        self.kept = kept if self.kept is None else self.kept.to(kept.device) + kept
-        if isinstance(self.visible, torch.Tensor):
-            self.visible = self.visible.to(kept.device)
-        self.visible = self.visible + visible
+        with _COUNTING:
+            # A layer that moved to another device starts from what it had there.
+            self.kept = kept if self.kept is None else self.kept.to(kept.device) + kept
+            if isinstance(self.visible, torch.Tensor):
+                self.visible = self.visible.to(kept.device)
+            self.visible = self.visible + visible
 
     def add_audit(self, dropped: torch.Tensor, limit: float) -> None:
         """``RowAudit.dropped`` of one call, and the share from which on it is worth a warning."""
-        self.audit = dropped if self.audit is None else audits_together(self.audit.to(dropped.device), dropped)
-        self.audit_limit = limit
+        with _COUNTING:
+            self.audit = dropped if self.audit is None else audits_together(self.audit.to(dropped.device), dropped)
+            self.audit_limit = limit
 
     def check_audit(self) -> None:
         """Warn if the audit of earlier calls is above its limit, as far as that has reached the host. Never waits."""
@@ -132,7 +138,8 @@ def record_dense(module: nn.Module, reason: str, query: torch.Tensor | None = No
     """Count dense calls; a compiled graph needs their ``query``, [B, Hq, Sq, D]."""
     if not torch.compiler.is_compiling():
         counts = _record(module).dense_calls
-        counts[reason] = counts.get(reason, 0) + calls
+        with _COUNTING:
+            counts[reason] = counts.get(reason, 0) + calls
     elif reason != "decode":
         _compiled_counts(_record(module), query).add_dense(reason)
 
@@ -140,7 +147,8 @@ def record_dense(module: nn.Module, reason: str, query: torch.Tensor | None = No
 def record_sparse(module: nn.Module, calls: int = 1) -> LayerRecord:
     """Count sparse calls and return where its blocks are to be added."""
     record = _record(module)
-    record.sparse_calls += calls
+    with _COUNTING:
+        record.sparse_calls += calls
     return record
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import transformers
 
 from hf_flashprefill.support.families import tiny_model
 
-__all__ = ["UGLY_CASES", "Case", "exact_dense", "tiny_model"]
+__all__ = ["UGLY_CASES", "Case", "exact_dense", "tiny_gemma3", "tiny_model"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ UGLY_CASES = [
     Case(3, 2, 2, 200, 600, 64, ranges=((100, 600), (0, 450), (590, 600)), strided=True),
     Case(2, 2, 1, 129, 129, 64, ranges=((5, 5), (0, 129))),
 ]
+
+
+def tiny_gemma3(vocab_size: int = 200, **text: object) -> transformers.PreTrainedModel:
+    """A model of text and images, with random weights; ``text`` are settings of its part for text."""
+    settings = tiny_model("gemma3", vocab_size=vocab_size).config.to_dict() | text
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = transformers.Gemma3Config(
+        text_config=settings, vision_config=vision | {"patch_size": 14}, mm_tokens_per_image=4, image_token_index=vocab_size - 1
+    )
+    return transformers.Gemma3ForConditionalGeneration._from_config(config).eval()
 
 
 def exact_dense(

@@ -1,5 +1,6 @@
 """flash_prefill_attention: every backend against float64, over shapes, paddings, offsets, strides and dtypes."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -80,12 +81,13 @@ def test_torch_multiplies_finite_float32_numbers_only(terms, monkeypatch):
     """A GPU multiplies float32 as sums of TF32 parts, and what minus infinity leaves behind its first part is NaN."""
     query, key, value, _ = Case(1, 2, 1, 300, 300, 64).tensors(torch.device("cpu"))
     sdpa, calls = torch.nn.functional.scaled_dot_product_attention, []
+    torch_attend = importlib.import_module("hf_flashprefill.backends.torch.attend")
 
     def checked(*tensors, **options):
         calls.append(all(tensor.isfinite().all() for tensor in tensors))
         return sdpa(*tensors, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", checked)
+    monkeypatch.setattr(torch_attend, "scaled_dot_product_attention", checked)
     # All blocks are kept, so every mean stands for nothing.
     config = FlashPrefillConfig(alpha=0, block_size=64, backend="torch", correction=terms["correction"])
     output = flash_prefill_attention(query, key, value, config=config, sinks=terms.get("sinks"))

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_flashprefill.attention as seam
-from hf_flashprefill import FlashPrefillConfig
+from hf_flashprefill import FlashPrefillConfig, patch_model, prefill_stats
 from hf_flashprefill.attention import PrefillSettings, dense_reason
 from hf_flashprefill.causal_mask import mask_class
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import LENGTH
 from tests.inputs import tiny_model
+from tests.tolerance import assert_same_output
 
 
 def reason(
@@ -62,6 +66,47 @@ def test_what_no_kernel_takes_stays_dense(monkeypatch):
     monkeypatch.setattr(seam, "lacks_kernel", lambda *kind: asked.append(kind) or True)
     assert reason() == "no GPU kernel"
     assert asked == [("auto", torch.device("cpu"), torch.float32, 32)]
+
+
+@pytest.mark.parametrize("place", ["registry", "instance", "torch"])
+@torch.no_grad()
+def test_an_attention_put_in_the_place_of_transformers_own_is_the_one_that_is_called(place, monkeypatch):
+    """As sequence parallelism does, whose layers hold a part of the prompt each."""
+    model, ids = tiny_model(), torch.randint(3, 150, (1, LENGTH))
+    patch_model(model, alpha=0, **SETTINGS)
+    called, own = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args, **kwargs):
+        called.append("attention")
+        return own(*args, **kwargs)
+
+    def kernel(*args, **kwargs):
+        called.append("kernel")
+        return sdpa(*args, **kwargs)
+
+    if place == "registry":
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", attention)
+    elif place == "instance":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", attention)
+    else:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    replaced = model(ids).logits
+    assert len(called) == 2
+    assert prefill_stats(model).dense_calls == {"attention replaced": 2}
+    monkeypatch.undo()
+    assert_same_output(replaced, model(ids).logits)
+    assert prefill_stats(model).sparse_calls == 2
+
+
+@torch.no_grad()
+def test_tensors_of_another_kind_stay_dense():
+    model, settings = tiny_model(), PrefillSettings(FlashPrefillConfig(**SETTINGS), "sdpa")
+    query = torch.zeros(1, 4, LENGTH, 32)
+    wrapped = TwoTensor(query, query)
+    mask = torch.ones(1, LENGTH, dtype=torch.bool).as_subclass(mask_class(None, False))
+    layer = model.model.layers[0].self_attn
+    assert dense_reason(settings, layer, wrapped, wrapped, wrapped, mask, 0.0, {}) == "tensor subclass"
 
 
 @torch.no_grad()

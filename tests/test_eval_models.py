@@ -9,7 +9,7 @@ import transformers
 from eval import models, needle, ruler
 from eval.commands import UsageError
 from eval.haystack import encode, standard_library_text
-from tests.inputs import tiny_model
+from tests.inputs import tiny_gemma3, tiny_model
 
 LEARNED = {
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=100)),
@@ -60,10 +60,7 @@ def test_rotary_models_are_asked_beyond_their_context_with_a_warning(rope, longe
 
 
 def test_positions_of_images_are_not_those_of_text():
-    text = tiny_model("gemma3").config.to_dict() | {"max_position_embeddings": 1000}
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"patch_size": 14})
-    models.check_context(transformers.Gemma3ForConditionalGeneration._from_config(config), 1001)
+    models.check_context(tiny_gemma3(max_position_embeddings=1000), 1001)
 
 
 def test_layers_with_rotary_positions_of_their_own_are_seen():

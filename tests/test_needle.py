@@ -16,7 +16,7 @@ from eval.commands import UsageError
 from eval.haystack import Fact, encode, encode_fact, plant, random_fact, random_facts, standard_library_text
 from eval.ruler_tasks import Sample
 from hf_flashprefill import FlashPrefillConfig, is_patched
-from tests.inputs import tiny_model
+from tests.inputs import tiny_gemma3, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,7 @@ def test_models_with_several_end_tokens_and_those_of_several_parts_are_asked(rec
     tokenizer = recall_model[1]
     prompt = needle.end_prompt(tokenizer, corpus, 600, 0.5, Random(5))
     chat = tiny_model(vocab_size=len(tokenizer), eos_token_id=[2, 5], pad_token_id=None)
-    text = tiny_model("gemma3", vocab_size=len(tokenizer)).config.to_dict()
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"patch_size": 14})
-    parts = transformers.Gemma3ForConditionalGeneration._from_config(config).eval()
-    for model in (chat, parts):
+    for model in (chat, tiny_gemma3(len(tokenizer))):
         own = model.generation_config
         assert needle.answer(model, prompt).correct == [False]
         assert len(ruler.answer(model, tokenizer, prompt.ids, 3)) == 2

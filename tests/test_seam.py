@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -389,6 +390,19 @@ def test_short_prompts_of_every_family_with_the_default_settings(family):
         pytest.skip(f"the installed transformers' {error}")
     assert_same_output(model(prompt(length=40)).logits, expected)
     assert set(prefill_stats(model).dense_calls) == {"shorter than min_seq_len"}
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@torch.no_grad()
+def test_fake_tensors_stay_dense(is_padded):
+    """What counts memory and operations runs models on them."""
+    mask = {"attention_mask": torch.ones(2, 150, dtype=torch.int64)} if is_padded else {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, ids = tiny_model(), torch.zeros(2, 150, dtype=torch.int64)
+        expected = model(ids, **mask).logits.shape
+        patch_model(model, **SETTINGS)
+        assert model(ids, **mask).logits.shape == expected
+        assert prefill_stats(model).dense_calls == {"mask is not plain causal": 2}
 
 
 @torch.no_grad()

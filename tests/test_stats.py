@@ -1,5 +1,7 @@
 """What prefill_stats makes of the layers' records, and what becomes of these when a model is unpatched."""
 
+import threading
+
 import pytest
 import torch
 
@@ -10,6 +12,26 @@ from hf_flashprefill.stats import LayerStats, PrefillStats
 from hf_flashprefill.support.matrix import SETTINGS
 from hf_flashprefill.support.situations import prompt
 from tests.inputs import tiny_model
+
+
+def test_threads_of_one_model_lose_no_counts():
+    model = patch_model(tiny_model(), alpha=0, **SETTINGS)
+    ids, mask = torch.randint(3, 150, (2, 150)), torch.ones(2, 150, dtype=torch.int64)
+    mask[1, :40] = 0
+
+    def prefill():
+        with torch.no_grad():
+            for _ in range(30):
+                model(ids, attention_mask=mask)
+
+    threads = [threading.Thread(target=prefill) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = prefill_stats(model)
+    assert [layer.sparse_calls for layer in stats.layers] == [120, 120]
+    assert [layer.density for layer in stats.layers] == [1.0, 1.0]
 
 
 def test_density_is_the_mean_over_the_layers_that_ran_sparse():

@@ -7,6 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+# Not what others put there later, which may know no mask, as SageAttention.
+from torch.nn.functional import scaled_dot_product_attention
+
 from ...block_index import BlockIndex
 from ...geometry import PrefillGeometry
 from .means import dropped_tokens
@@ -102,7 +105,7 @@ def attend_blocks(
                 columns = F.pad(torch.cat([column_keys[source[part]].where(is_used, 0), added], 3), (0, channels - 1))
                 keys = torch.cat([keys, columns], 2)
                 values = torch.cat([values, F.pad(column_values[source[part]].where(is_used, 0), (0, channels))], 2)
-            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
             result.index_copy_(0, part, attended[..., : output.shape[-1]].flatten(1))
 
     result = result.view(batch, heads, index.query_blocks, block_size, -1)
@@ -145,11 +148,14 @@ def _further_columns(
     if means is not None:
         mean_blocks = means[0].shape[2]
         mean_set, tokens = dropped_tokens(index, mean_blocks)
-        added = (tokens.log() / scale).to(key.dtype).clamp(min=least)
+        added = (tokens.float().log() / scale).to(key.dtype).clamp(min=least)
         source = key_head * mean_blocks + mean_set.flatten()
         columns.append((*(tensor.flatten(0, 2)[:, None] for tensor in means), source, added.flatten(0, 2)))
     if sinks is not None:
         nothing = key.new_zeros(key.shape[0] * key.shape[1], 1, 1, key.shape[-1])
-        added = (sinks / scale).to(key.dtype).clamp(min=least)[None, :, None].expand(index.counts.shape)
+        # A finite sink must not become infinite in half precision; it stays far above all logits of such queries and keys.
+        most = torch.finfo(key.dtype).max
+        added = (sinks / scale).where(sinks.isinf(), (sinks / scale).clamp(-most, most))
+        added = added.to(key.dtype).clamp(min=least)[None, :, None].expand(index.counts.shape)
         columns.append((nothing, nothing, key_head, added.reshape(-1, 1)))
     return columns

@@ -37,6 +37,8 @@ __all__ = [
 MAX_HEAD_DIM = 512
 # Wider heads want more shared memory than most cards of compute capability 8 and 12 have, and float32 twice of it.
 MAX_HEAD_DIM_EVERYWHERE = 256
+# Keys and values of each row are a dimension of a grid that ends at 65535.
+MAX_BATCH = 32767
 
 
 def obstacle(query: torch.Tensor) -> str | None:
@@ -52,6 +54,8 @@ def obstacle(query: torch.Tensor) -> str | None:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     if query.shape[-1] > MAX_HEAD_DIM or query.shape[-1] % 8:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    if len(query.shape) == 4 and query.shape[0] > MAX_BATCH:
+        return f"batch must be at most {MAX_BATCH}, got {query.shape[0]}"
     if query.shape[-1] > MAX_HEAD_DIM_EVERYWHERE and query.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(query.device)
         if query.dtype == torch.float32 or (major, minor) != (8, 0) and major not in (9, 10):

@@ -43,8 +43,8 @@ def _run_means_kernel(
 ):
     """One program: the means of the runs that end with RUNS neighbouring blocks, for one head of keys or of values. Those that
     would end after the last block are zeros."""
-    head, is_value = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    last = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    head, is_value = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    last = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
     channels = tl.arange(0, BLOCK_D)
     in_head = channels[None, :] < HEAD_DIM
     source_ptr = keys_ptr
@@ -58,7 +58,7 @@ def _run_means_kernel(
         source = (head * blocks + block)[:, None] * HEAD_DIM + channels[None, :]
         total += tl.load(source_ptr + source, mask=is_block[:, None] & in_head, other=0.0).to(tl.float32)
     mean = tl.where((last < blocks)[:, None], total / tl.minimum(last + 1, MEAN_BLOCKS)[:, None], 0.0)
-    row = (tl.num_programs(1) * is_value + head) * MEAN_BLOCKS + last % MEAN_BLOCKS
+    row = (tl.num_programs(0) * is_value + head) * MEAN_BLOCKS + last % MEAN_BLOCKS
     target = output_ptr + (row * rows + last // MEAN_BLOCKS)[:, None] * HEAD_DIM + channels[None, :]
     tl.store(target, mean.to(output_ptr.dtype.element_ty), mask=(last < rows * MEAN_BLOCKS)[:, None] & in_head)
 
@@ -71,7 +71,8 @@ def run_means(key_means: torch.Tensor, value_means: torch.Tensor, mean_blocks: i
     block_d = padded_head_dim(head_dim)
     runs = TILE // block_d
     with launch_context(key_means):
-        _run_means_kernel[triton.cdiv(rows * mean_blocks, runs), batch * heads, 2](
+        # Heads first: only the first dimension of a grid may pass 65535.
+        _run_means_kernel[batch * heads, triton.cdiv(rows * mean_blocks, runs), 2](
             key_means,
             value_means,
             output,
