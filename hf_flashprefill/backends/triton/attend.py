@@ -198,7 +198,7 @@ def _attend(
             accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
 
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + head) * 1.4426950408889634
+        sink = rounded_product(tl.load(sinks_ptr + head), 1.4426950408889634)
         largest = tl.maximum(running_max, sink)
         # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
         running_sum += tl.exp2(sink - largest) / tl.exp2(running_max - largest)

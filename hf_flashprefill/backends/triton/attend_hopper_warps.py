@@ -37,7 +37,7 @@ from .attend_hopper_turns import (
     steps_of,
     target_of,
 )
-from .hopper_primitives import copy_to_shared, finish_loads, not_before
+from .hopper_primitives import copy_to_shared, finish_loads, not_before, rounded_product
 from .means import WIDTH
 from .primitives import LARGEST_TOTAL, SMALLEST_TOTAL
 
@@ -159,7 +159,7 @@ def _take_turns(
         number, batch, head, first_row, first_query, end_query = target_of(announcements, turn + PASS)
         total = gl.convert_layout(gl.sum(running_sum, 1), result_row_layout)
         if HAS_SINKS:
-            sink = gl.load(sinks_ptr + head) * LOG2_E
+            sink = rounded_product(gl.load(sinks_ptr + head), LOG2_E)
             running_max = gl.convert_layout(running_max, result_row_layout)
             largest = gl.maximum(running_max, sink)
             # An infinite sink must show, as NaN; one so far above all logits that this overflows leaves nothing of the result.
