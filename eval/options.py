@@ -48,7 +48,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, has_rule: bool = True,
     defaults = FlashPrefillConfig(min_seq_len=min_seq_len)
     parser.set_defaults(alpha=None, selector=None, config_defaults=defaults)
     if has_rule:
-        parser.add_argument("--alpha", type=float, help=f"threshold, the same for all layers (default: {defaults.alpha})")
+        parser.add_argument("--alpha", type=float, help="threshold, the same for all layers (default: the selector's)")
         parser.add_argument("--selector", help=f"rule that scores blocks (default: {defaults.selector})")
     parser.add_argument(
         "--min-seq-len",

@@ -78,5 +78,5 @@ def package_stages(package: ModuleType, tensors: Tensors, index: BlockIndex, arg
     timed = {"attend": runs(correction=False)["attend"]}
     for selector in args.selectors:
         timed |= {f"{stage}_{selector}": run for stage, run in runs(selector=selector).items()}
-    alpha, compared_selectors = FlashPrefillConfig().alpha, args.selectors if args.before else ()
+    alpha, compared_selectors = FlashPrefillConfig().resolved().alpha, args.selectors if args.before else ()
     return Stages(timed, {selector: runs(selector=selector, alpha=alpha)["select"] for selector in compared_selectors})

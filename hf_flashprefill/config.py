@@ -28,6 +28,9 @@ AUTO = "auto"
 # rise of a trained model's perplexity from .65 % to none (benchmarks/results/selection-2026-11-26-h200-32k).
 OF_PUBLISHED_RULE = {"sink_blocks": 2, "window_blocks": 4, "correction": False}
 OF_FINER_PROBES = {"sink_blocks": 1, "window_blocks": 2, "correction": True}
+# The finer probes' keep about as much at 32K tokens, but for "peak", which keeps less (README). FlashPrefill V2 runs everything
+# at .1, the first version at .08 to .18 by model; its ablation drops 7/8 of the blocks or .1 of the mass (Tables 8 and 9).
+DEFAULT_ALPHAS = {"blend": 0.006, "share": 0.005, "peak": 0.05, "flashprefill": 0.1, "topk": 0.875, "topp": 0.1}
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class FlashPrefillConfig:
 
     Attributes:
         alpha: The threshold on scores, from 0 to 1; 0 keeps every block, which is dense attention up to rounding. What
-            it is compared with depends on the selector, so equal values of different selectors mean nothing.
+            it is compared with depends on the selector, so equal values of different selectors mean nothing. None: .006 for
+            ``"blend"``, .005 for ``"share"``, .05 for ``"peak"``, .1 for ``"flashprefill"`` and ``"topp"``, .875 for
+            ``"topk"``.
         selector: The rule that scores key blocks for a query block and head.
             ``"share"``: of every ``query_stride`` queries the one with the largest 2-norm spreads a softmax over all pooled
             keys it sees; a block's score is the largest share that any of these queries gives any pooled key of the block;
@@ -86,7 +91,7 @@ class FlashPrefillConfig:
         TypeError: A value is of the wrong type.
     """
 
-    alpha: float = 0.006
+    alpha: float | None = None
     selector: str = "blend"
     pool_size: int = 4
     query_stride: int = 8
@@ -104,8 +109,8 @@ class FlashPrefillConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "audit_limit"):
-            object.__setattr__(self, name, _share(name, getattr(self, name)))
+        object.__setattr__(self, "alpha", None if self.alpha is None else _share("alpha", self.alpha))
+        object.__setattr__(self, "audit_limit", _share("audit_limit", self.audit_limit))
         _require_choice("selector", self.selector, SELECTORS)
         _require_choice("backend", self.backend, BACKENDS)
         # Kept as Python's own integers, which alone Triton and JSON know.
@@ -128,6 +133,7 @@ class FlashPrefillConfig:
     def resolved(self) -> FlashPrefillConfig:
         """The same settings with what None stands for in its place; a patched model's settings always are."""
         own = OF_PUBLISHED_RULE if self.selector == "flashprefill" else OF_FINER_PROBES
+        own = {"alpha": DEFAULT_ALPHAS[self.selector]} | own
         missing = {name: value for name, value in own.items() if getattr(self, name) is None}
         return replace(self, **missing) if missing else self
 

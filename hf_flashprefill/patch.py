@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import PrefillSettings, prefill_attention
 from .config import FlashPrefillConfig
@@ -59,7 +60,11 @@ def patch_model(model: ModelT, alpha: float | None = None, *, config: ConfigLike
 
 
 def unpatch_model(model: ModelT) -> ModelT:
-    """Give ``model`` back the attention implementation it had, in place; a model that is not patched stays as it is."""
+    """Give ``model`` back the attention implementation it had, in place; a model that is not patched stays as it is.
+
+    Raises:
+        TypeError: Not a transformers model.
+    """
     part = SeamPart.of(model)
     if part.settings is not None:
         with part.undone_on_error():
@@ -85,7 +90,10 @@ def patched_config(model: nn.Module) -> FlashPrefillConfig | None:
 def patched(
     model: ModelT, alpha: float | None = None, *, config: ConfigLike | None = None, **overrides: Any
 ) -> Iterator[ModelT]:
-    """``patch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception."""
+    """``patch_model`` for a ``with`` block, with its errors; what was in effect before is restored, also after an exception.
+
+    Blocks of several threads around one model must nest, as each restores what it found.
+    """
     part = SeamPart.of(model)
     previous = part.implementation
     try:
@@ -98,7 +106,11 @@ def patched(
 
 @contextlib.contextmanager
 def unpatched(model: ModelT) -> Iterator[ModelT]:
-    """``unpatch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception."""
+    """``unpatch_model`` for a ``with`` block; whatever was in effect before is restored, also after an exception.
+
+    Raises:
+        TypeError: Not a transformers model.
+    """
     part = SeamPart.of(model)
     previous = part.implementation
     try:
@@ -142,8 +154,15 @@ def register_attention(config: FlashPrefillConfig | None = None, *, base: str = 
 
     Args:
         config: Settings; ``FlashPrefillConfig()`` if None.
-        base: The implementation that dense calls go to.
+        base: The implementation that dense calls go to: "eager" or a name that transformers' AttentionInterface knows.
+
+    Raises:
+        TypeError: ``config`` is no FlashPrefillConfig.
+        ValueError: ``base`` is another name, or our own.
     """
+    known = sorted({"eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if not name.startswith(NAME))})
+    if base not in known:
+        raise ValueError(f"base must be one of {known}, got {base!r}")
     settings = PrefillSettings(_merged_config(None, config, {}), base)
     register(settings, NAME)
     AttentionMaskInterface.register(NAME, functools.partial(prefill_mask_by_name, settings.base, settings.config))

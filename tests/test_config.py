@@ -10,7 +10,7 @@ from hf_flashprefill import FlashPrefillConfig
 
 def test_defaults():
     assert asdict(FlashPrefillConfig()) == {
-        "alpha": 0.006,
+        "alpha": None,
         "selector": "blend",
         "pool_size": 4,
         "query_stride": 8,
@@ -28,7 +28,7 @@ def test_defaults():
         "backend": "auto",
     }
     resolved = FlashPrefillConfig().resolved()
-    assert (resolved.sink_blocks, resolved.window_blocks, resolved.correction) == (1, 2, True)
+    assert (resolved.alpha, resolved.sink_blocks, resolved.window_blocks, resolved.correction) == (0.006, 1, 2, True)
 
 
 def test_defaults_round_trip():
@@ -39,20 +39,22 @@ def test_defaults_round_trip():
 
 def test_what_is_none_follows_the_selector():
     """The published rule has what the published method has, also where the selector is named last."""
-    named = ("sink_blocks", "window_blocks", "correction")
+    named = ("alpha", "sink_blocks", "window_blocks", "correction")
     config = FlashPrefillConfig()
     for selector, values in (
-        ("share", (1, 2, True)),
-        ("blend", (1, 2, True)),
-        ("peak", (1, 2, True)),
-        ("flashprefill", (2, 4, False)),
+        ("share", (0.005, 1, 2, True)),
+        ("blend", (0.006, 1, 2, True)),
+        ("peak", (0.05, 1, 2, True)),
+        ("flashprefill", (0.1, 2, 4, False)),
+        ("topk", (0.875, 1, 2, True)),
+        ("topp", (0.1, 1, 2, True)),
     ):
         resolved = replace(config, selector=selector).resolved()
         assert tuple(getattr(resolved, name) for name in named) == values
         assert replace(resolved, **dict.fromkeys(named)) == replace(config, selector=selector)
         assert resolved.resolved() is resolved
-    given = FlashPrefillConfig(selector="flashprefill", sink_blocks=0, correction=True).resolved()
-    assert tuple(getattr(given, name) for name in named) == (0, 4, True)
+    given = FlashPrefillConfig(selector="flashprefill", alpha=0, sink_blocks=0, correction=True).resolved()
+    assert tuple(getattr(given, name) for name in named) == (0, 0, 4, True)
 
 
 def test_json_file_round_trip(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_flashprefill import (
     FlashPrefillConfig,
@@ -161,6 +162,14 @@ def test_from_pretrained_takes_the_registered_name(tmp_path):
     assert_same_output(loaded(ids()).logits, model(ids()).logits)
     assert prefill_stats(loaded).sparse_calls == 2
     assert unpatch_model(loaded).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("base", ["nonsense", "block_sparse_prefill", None])
+def test_an_unknown_base_is_named(base):
+    register_attention(base="eager")
+    with pytest.raises(ValueError, match=f"base must be one of .*'eager'.*'sdpa'.*got {base!r}"):
+        register_attention(base=base)
+    assert "nonsense" not in ALL_ATTENTION_FUNCTIONS.valid_keys()
 
 
 @torch.no_grad()

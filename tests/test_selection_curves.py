@@ -256,7 +256,7 @@ def test_what_stays_dense_has_a_table_and_no_picture(options, tmp_path, capsys):
 
 def test_default_curves_are_valid_and_hold_the_defaults():
     points = parse_curves(DEFAULT_CURVES, BASE)
-    defaults = FlashPrefillConfig()
+    defaults = FlashPrefillConfig().resolved()
     assert any((p.curve, p.config.alpha) == (defaults.selector, defaults.alpha) for p in points)
     assert len(parse_curves(["share:0.01,0.01", "share:0.01"], BASE)) == 1
     (point,) = parse_curves(["peak:0.01@pool_size=4,query_stride=4"], BASE)
