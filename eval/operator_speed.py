@@ -28,6 +28,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -166,6 +167,12 @@ def measure(length: int, density: float, head_dim: int, batch: int, args: argpar
     for selector in args.selectors:
         index_ms = row[f"pool_{selector}"]["median_ms"] + row[f"select_{selector}"]["median_ms"]
         row[f"index_share_{selector}"] = index_ms / (index_ms + row[f"attend_{selector}"]["median_ms"])
+    corrected = [s for s in args.selectors if replace(args.config, selector=s).resolved().correction]
+    if corrected:
+        # Of the same lists, in turns and by themselves: what other stages leave of the GPU's power decides more. In one run two
+        # launches of the same attention, after an index and after others, took 11.9 and 12.8 ms at 128K tokens (H200).
+        pair = timed({"without": now.timed["attend"], "with": now.timed[f"attend_{corrected[0]}"]})
+        row["overhead_of_means"] = pair["with"]["median_ms"] / pair["without"]["median_ms"] - 1
     others = {name: dense_attention(name, tensors) for name in args.baselines if name != "flex"}
     if "flex" in args.baselines:
         others["flex"] = flex_attention_run(tensors, index)
@@ -335,6 +342,9 @@ def report(result: Result, output: Path, selectors: list[str]) -> None:
     """Print a table and where the files are, draw a single shape's lengths, and print the speed-ups as the last line."""
     rows = result.rows
     print(table(rows, selectors))
+    if "overhead_of_means" in rows[0]:
+        shares = ", ".join(f"{row['overhead_of_means']:.1%}" for row in rows)
+        print(f"the means of dropped blocks add {shares} to the attention")
     if "before" in rows[0]:
         print(f"\nTime by that of {rows[0]['before']['commit']}:\n{before.table(rows)}")
     if len({(row["head_dim"], row["batch"]) for row in rows}) == 1:

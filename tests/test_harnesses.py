@@ -24,8 +24,10 @@ STAGES = ("pool", "select", "attend", "operator")
 def test_operator_speed_measures_and_records(tmp_path, capsys):
     path = tmp_path / "operator.json"
     assert operator_speed.main(["--lengths", "1024", "--seconds", "0.01", "--device", "cpu", "--output", str(path)]) == 0
-    last_line = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    printed = capsys.readouterr().out
+    last_line = json.loads(printed.strip().splitlines()[-1])
     row = json.loads(path.read_text())["rows"][0]
+    assert f"the means of dropped blocks add {row['overhead_of_means']:.1%} to the attention" in printed
     for stage in ("pool_blend", "select_blend", "attend", "attend_blend", "operator_blend", "sdpa"):
         assert 0 < row[stage]["quartile_low_ms"] <= row[stage]["median_ms"] <= row[stage]["quartile_high_ms"]
     index_ms = row["pool_blend"]["median_ms"] + row["select_blend"]["median_ms"]
