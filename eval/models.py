@@ -35,7 +35,7 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
     nothing, but it shows that a harness fits and runs at that size.
 
     Raises:
-        UsageError: There is no such model, shape or device.
+        UsageError: There is no such model, shape or device, or the model's files do not load.
     """
     target = usable_device(device)
     chosen = DTYPES[dtype] if dtype else (torch.bfloat16 if target.type == "cuda" else torch.float32)
@@ -48,8 +48,11 @@ def load_model(name: str, device: str, dtype: str | None) -> tuple[PreTrainedMod
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"--model {name}: {first_line(error)}") from None
+    # Damaged weights and edited configs raise whatever they lead to.
+    except Exception as error:
+        raise UsageError(f"--model {name}: {type(error).__name__}: {first_line(error)}") from None
     return model.to(target).eval(), tokenizer
 
 

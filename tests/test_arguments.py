@@ -1,6 +1,8 @@
 """Mistakes in a command's options: one line that names the option, status 2, no work, and nothing written."""
 
 import argparse
+import json
+import os
 import re
 import shutil
 import sys
@@ -228,6 +230,44 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     shutil.copy(models.BUNDLED_MODEL / "config.json", tmp_path)
     with pytest.raises(commands.UsageError, match="tokenizer from one of: .*\\(1\\)"):
         models.load_model(str(tmp_path), "cpu", None)
+
+
+def _edit_config(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return edit
+
+
+def _cut_weights(folder):
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def _empty_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut_weights, "SafetensorError: Error while deserializing header"),
+        (_edit_config(hidden_size=128), "RuntimeError: "),
+        (_edit_config(hidden_act="nope"), "KeyError: "),
+        (_edit_config(num_attention_heads=0), ""),
+        (_edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), ""),
+        (_empty_tokenizer, ""),
+    ],
+    ids=["weights", "sizes", "activation", "heads", "package", "tokenizer"],
+)
+def test_a_model_that_does_not_load_is_named(damage, message, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models.BUNDLED_MODEL, folder)
+    damage(folder)
+    with pytest.raises(commands.UsageError) as refused:
+        models.load_model(str(folder), "cpu", None)
+    assert str(refused.value).startswith(f"--model {folder}: {message}")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("device", ["meta", "hpu", "nowhere"])
