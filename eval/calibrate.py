@@ -1,8 +1,8 @@
 """The alpha of each layer that keeps a share of the attention on your text, as a file that patch_model and all harnesses take.
 
     python -m eval.calibrate                                             # the bundled model, minutes on two CPU cores
-    python -m eval.calibrate --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 --target 0.99
-    python -m eval.recall --model meta-llama/Llama-3.1-8B-Instruct --config results/configs/calibrate.json
+    python -m eval.calibrate --model meta-llama/Llama-3.1-8B-Instruct --lengths 32768 --output results/llama.json
+    python -m eval.recall --model meta-llama/Llama-3.1-8B-Instruct --config results/configs/llama.json
 
 Each layer gets the largest alpha whose blocks hold ``--target`` of the exact attention of sampled queries, measured on dense
 layers. Prompts that took no part are then prefilled with all layers sparse, and the share that is kept there is reported
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from random import Random
 
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 from eval import commands, models, options, recording, tables
 from eval.haystack import plant
 from eval.recall_prompts import make_prompts
-from eval.schema import Result
 from eval.texts import add_text_arguments, corpus_ids
 from hf_flashprefill import Calibration, UnsupportedModelError, calibrate
 
@@ -102,6 +101,8 @@ def main(argv: list[str]) -> int:
     count = args.prompts if args.limit is None else min(args.prompts, args.limit)
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     models.check_context(model, max(args.lengths))
+    run = recording.model_run("calibrate", args, args.model, model, config)
+    recording.check_replaceable(run, args.output, outcome=["layer_alphas"])
     corpus = corpus_ids(tokenizer, args)
     try:
         fitting, held_out = [], []
@@ -116,9 +117,7 @@ def main(argv: list[str]) -> int:
         about_lengths = message.startswith(("length ", "prompts ", "the text "))
         raise commands.UsageError(f"--lengths: {message}" if about_lengths else message) from None
     rows = [asdict(layer) for layer in found.layers]
-    place, identity = recording.environment(model.device), recording.model_record(args.model, model)
-    arguments, summary = recording.recorded_arguments(args), summarise(found)
-    Result("calibrate", place, identity, found.config.to_dict(), arguments, summary, rows).write(args.output)
+    recording.write_result(replace(run, config=found.config.to_dict()), args.output, summarise(found), rows)
     settings.parent.mkdir(exist_ok=True)
     found.config.to_json(settings)
     print(layer_table(rows))

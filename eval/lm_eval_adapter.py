@@ -225,6 +225,7 @@ def main(argv: list[str]) -> int:
         raise commands.UsageError(f"lm_eval cannot be imported: {commands.first_line(error)}") from None
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     run = recording.model_run("lm_eval", args, args.model, model, config)
+    recording.check_replaceable(run, args.output)
     try:
         # Before the first arm, which may take hours.
         with patched(model, config=config):

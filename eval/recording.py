@@ -105,8 +105,10 @@ def complete(
         What was written; None in processes other than the first.
 
     Raises:
+        UsageError: The file is there and is not that of a run with the same settings.
         WorkError: ``work`` finds a model that cannot be patched or a value out of its range.
     """
+    check_replaceable(run, output)
     partial = PartialRun(output, run_settings(run) | (others or {}))
     try:
         rows = partial.run(names, work, run.harness, unit)
@@ -117,6 +119,37 @@ def complete(
     result = write_result(run, output, summarise(rows), rows)
     partial.remove()
     return result
+
+
+def check_replaceable(run: Result, output: Path, outcome: Sequence[str] = ()) -> None:
+    """Look whether a run would write over what it could not make again. The result of a run with the same settings may be
+    replaced.
+
+    Args:
+        run: The result but for its summary and rows.
+        output: The JSON file, which need not be there.
+        outcome: Fields of the config that the run finds.
+
+    Raises:
+        UsageError: The file is the result of a run with other settings, is no result, or cannot be read.
+    """
+    try:
+        found = Result.read(output)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"--output {output}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"--output {output} is not a result; choose another name or remove it") from None
+
+    def settings(result: Result) -> str:
+        given = run_settings(result)
+        given["config"] = {name: value for name, value in given["config"].items() if name not in outcome}
+        return json.dumps(given, sort_keys=True)
+
+    if settings(found) != settings(run):
+        which = f"{found.harness} of {found.environment.get('time')}"
+        raise UsageError(f"--output {output} holds another run ({which}); choose another name or remove it")
 
 
 def write_result(run: Result, output: Path, summary: list[dict], rows: list[dict]) -> Result:

@@ -51,6 +51,19 @@ def test_it_repeats(written, tmp_path):
     assert again == first
 
 
+def test_it_replaces_a_result_of_the_same_settings_alone(written, monkeypatch):
+    options, output, settings = written
+    before = output.read_bytes(), settings.read_bytes()
+    assert calibrate.main([*options, "--output", str(output)]) == 0
+    assert settings.read_bytes() == before[1]
+    again = output.read_bytes()
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: pytest.fail("work began"))
+    for change in (["--rows", "17"], ["--set", "sink_blocks=1", "window_blocks=1", "dense_tail_blocks=0"]):
+        with pytest.raises(commands.UsageError, match=r"holds another run \(calibrate of 20"):
+            calibrate.main([*options, *change, "--output", str(output)])
+    assert (output.read_bytes(), settings.read_bytes()) == (again, before[1])
+
+
 def test_ttft_takes_the_settings(written, tmp_path):
     path = tmp_path / "ttft.json"
     options = ["--lengths", "300", "--repeats", "1", "--device", "cpu", "--config", str(written[2])]
@@ -58,7 +71,7 @@ def test_ttft_takes_the_settings(written, tmp_path):
     (row,) = json.loads(path.read_text())["rows"]
     assert row["settings"] == FlashPrefillConfig.from_json(written[2]).to_dict()
     with pytest.raises(commands.UsageError, match="layer_alphas must hold 4 numbers"):
-        ttft.main([*options, "--set", "layer_alphas=[0.5]", "--output", str(path)])
+        ttft.main([*options, "--set", "layer_alphas=[0.5]", "--output", str(tmp_path / "other.json")])
 
 
 @pytest.mark.parametrize(

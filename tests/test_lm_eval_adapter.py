@@ -158,6 +158,15 @@ def test_answers_are_kept_where_nothing_can_be_paired(harness, tmp_path, capsys)
     assert len(list(tmp_path.glob("*.db"))) == 1
 
 
+def test_another_run_is_refused_before_it_asks(harness):
+    harness.answers = [state_of("m", [1.0, 1.0], 1.0)] * 2
+    assert lm_eval_adapter.main(harness.arguments) == 0
+    before = harness.output.read_bytes()
+    with pytest.raises(UsageError, match=r"holds another run \(lm_eval of 20"):
+        lm_eval_adapter.main([*harness.arguments, "--alpha", "0.5"])
+    assert harness.output.read_bytes() == before
+
+
 def test_answers_that_are_not_numbers_are_told(harness, tmp_path, capsys):
     samples = [sample("t", i, acc=1.0, perplexity=NAN if i else -1.0) for i in range(2)]
     harness.answers = [state(samples, acc=1.0, perplexity=NAN)] * 2
@@ -231,6 +240,7 @@ def test_a_local_task_end_to_end(output_type, metric, more, planted, capsys):
     assert record["summary"][0]["density"] == 1
     # With next to nothing kept, the facts are out of reach: the patched state really was patched.
     few = ["--set", "sink_blocks=0", "window_blocks=1", "dense_tail_blocks=0", "selector=share"]
+    path.unlink()
     assert lm_eval_adapter.main([*arguments, "--alpha", "1", *few]) == 0
     row = next(row for row in json.loads(path.read_text())["rows"] if row["metric"] == metric)
     assert row["patched"] < row["unpatched"]
@@ -267,6 +277,7 @@ def test_an_interrupted_run_keeps_what_the_unpatched_model_answered(finished, ki
     # Answers are of one set of settings.
     assert lm_eval_adapter.main([*options, "--alpha", "0.5", "--output", str(path)]) == 0
     assert len(calls) == finished + 1 + 6
+    path.unlink()
     assert run_command(lm_eval_adapter.main) == 0
     assert len(calls) == finished + 1 + 6 + 6 - min(finished, 3)
     assert timeless(json.loads(path.read_text())) == timeless(json.loads((planted / "whole.json").read_text()))

@@ -166,6 +166,15 @@ def test_rows_of_other_settings_are_not_taken_up(change, layouts, interrupted, t
     assert len(calls) == 5
 
 
+def test_two_shapes_do_not_share_a_result(layouts, tmp_path):
+    path = tmp_path / "times.json"
+    assert layout_speed.main([*layouts, "--output", str(path)]) == 0
+    assert layout_speed.main([*layouts, "--output", str(path)]) == 0
+    with pytest.raises(commands.UsageError, match=r"times\.json holds another run \(layout_speed of 20"):
+        layout_speed.main([*layouts, "--head-dim", "128", "--output", str(path)])
+    assert json.loads(path.read_text())["arguments"]["head_dim"] == 64
+
+
 def test_rows_of_another_peer_are_not_taken_up(interrupted, tmp_path):
     peer, path = tmp_path / "peer.py", tmp_path / "times.json"
     peer.write_text("def prepare(query, key, value, index):\n    return lambda: query + 1\n")
