@@ -39,11 +39,13 @@ def documents(args: argparse.Namespace) -> Iterator[str]:
     """The documents of the text source, read as they are asked for; rows without a text are skipped.
 
     Raises:
-        UsageError: There is no such file, data set, split or column, or the column holds no text.
+        UsageError: There is no such file, data set, split or column, the column holds no text, or there is nothing but white
+            space in it, which shows at its end.
     """
     if args.dataset is None:
         yield standard_library_text("held_out")
         return
+    is_empty = True
     for record in records(args.dataset, args.subset, args.split):
         if args.column not in record:
             raise UsageError(f"--column {args.column}: {args.dataset} has the columns {sorted(record)}")
@@ -52,13 +54,19 @@ def documents(args: argparse.Namespace) -> Iterator[str]:
             continue
         if not isinstance(text, str):
             raise UsageError(f"--column {args.column}: {args.dataset} has {type(text).__name__} there, not text")
+        is_empty = is_empty and not text.strip()
         yield text
+    if is_empty:
+        raise UsageError(f"--dataset {args.dataset}: there is no text in it")
 
 
 def records(dataset: str, subset: str | None, split: str, option: str = "--dataset") -> Iterator[dict]:
     """Records of the data set that an option names; a local text file is one record with a column "text"."""
     path = Path(dataset)
     suffix = path.suffix.lower()
+    if path.is_file() and not path.stat().st_size:
+        # Where datasets would raise StopIteration.
+        raise UsageError(f"{option} {dataset}: there is no text in it")
     if path.is_file() and suffix not in BUILDERS:
         yield {"text": read_text(dataset, option)}
         return

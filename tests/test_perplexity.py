@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from eval import perplexity
+from eval import perplexity, ruler
 from eval.commands import UsageError
 from eval.haystack import encode, standard_library_text
 from eval.texts import corpus_ids, documents
@@ -198,3 +198,25 @@ def test_a_suffix_says_the_format_in_any_case(name, tmp_path):
     assert list(documents(text_arguments(dataset=str(path)))) == ["one"]
     with pytest.raises(UsageError, match="there is no such file"):
         list(documents(text_arguments(dataset=f"no-such-{name}")))
+
+
+WITHOUT_TEXT = [("empty.txt", ""), ("white.txt", " \n\t\n"), ("white.csv", 'text\n" "\n'), ("empty.jsonl", "")]
+
+
+@pytest.mark.parametrize(("name", "content"), WITHOUT_TEXT)
+def test_a_source_without_text_is_to_blame(name, content, tmp_path, recall_model):
+    if not name.endswith(".txt"):
+        pytest.importorskip("datasets")
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UsageError, match=f"--dataset .*{name}: there is no text in it"):
+        corpus_ids(recall_model[1], text_arguments(dataset=str(path)))
+
+
+@pytest.mark.parametrize("harness", [perplexity, ruler], ids=lambda harness: harness.__name__)
+def test_harnesses_with_documents_of_their_own_blame_it_too(harness, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    options = ["--dataset", str(tmp_path / "empty.txt"), "--device", "cpu", "--output", str(tmp_path / "x.json")]
+    with pytest.raises(UsageError, match="--dataset .*: there is no text in it"):
+        harness.main(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
