@@ -31,6 +31,7 @@ import torch
 from eval import commands, options, profiling, recording, tables
 from eval.operator_speed import (
     KERNEL_SELECTORS,
+    SECONDS_HELP,
     add_tensor_arguments,
     check_head_dims,
     check_tensor_arguments,
@@ -128,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--selector", choices=KERNEL_SELECTORS, default=default, help="(default: %(default)s)")
     parser.add_argument("--head-dim", type=int, default=64, help="channels per head (default: %(default)s)")
     add_tensor_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help=SECONDS_HELP)
     parser.add_argument("--kernels", action="store_true", help="profile every layout but chunked_tails, too")
     parser.add_argument("--limit", type=int, help="quick look: at most this many of the lengths")
     parser.add_argument("--output", type=Path, default=Path("results/layout.json"), help="JSON file (default: %(default)s)")

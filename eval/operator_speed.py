@@ -47,7 +47,7 @@ from hf_flashprefill.audit import RowAudit
 from hf_flashprefill.config import MEAN_BLOCKS, POOL_SIZES, SELECTORS, SORTING_SELECTORS
 from hf_flashprefill.crossover.imposed import PUBLISHED_DENSITY, imposed_index
 from hf_flashprefill.crossover.measure import unpatched_attention
-from hf_flashprefill.crossover.timing import medians_ms
+from hf_flashprefill.crossover.timing import FEWEST_RUNS, medians_ms
 from hf_flashprefill.functional import resolve_backend
 from hf_flashprefill.geometry import PrefillGeometry
 
@@ -58,6 +58,7 @@ SDPA_BACKENDS = {
 KERNEL_SELECTORS = [name for name in SELECTORS if name not in SORTING_SELECTORS]
 # To spend on a figure; more is a slip.
 MOST_SECONDS = 3600
+SECONDS_HELP = f"to spend on each figure, 0: {FEWEST_RUNS} runs (default: %(default)s)"
 BASELINES = ("sdpa", *SDPA_BACKENDS, "flex")
 
 
@@ -267,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of this repository")
     add_tensor_arguments(parser)
     parser.add_argument("--portable", action="store_true", help="use the portable Triton kernels on Hopper, too")
-    parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each figure (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help=SECONDS_HELP)
     parser.add_argument("--limit", type=int, help="quick look: at most this many lengths of each head dim and batch")
     parser.add_argument("--output", type=Path, default=Path("results/operator.json"), help="JSON file (default: %(default)s)")
     return parser
