@@ -1,6 +1,6 @@
 """Tasks of the lm-evaluation-harness, unpatched against patched, in one process on the same samples.
 
-    pip install lm_eval
+    pip install -e ".[lm-eval]"
     python -m eval.lm_eval_adapter --model meta-llama/Llama-3.1-8B-Instruct --tasks longbench_hotpotqa --limit 50
     python -m eval.lm_eval_adapter --tasks my_task --include-path folder_with_yaml        # a task of your own
 
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> int:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "lm_eval":
-            raise commands.UsageError("the lm-evaluation-harness is not installed: pip install lm_eval") from None
+            raise commands.UsageError('the lm-evaluation-harness is not installed: pip install -e ".[lm-eval]"') from None
         raise commands.UsageError(f"lm_eval cannot be imported: {commands.first_line(error)}") from None
     model, tokenizer = models.load_model(args.model, args.device, args.dtype)
     run = recording.model_run("lm_eval", args, args.model, model, config)

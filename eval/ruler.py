@@ -1,7 +1,7 @@
-"""RULER: thirteen long-context tasks at any length, unpatched against patched.
+r"""RULER: thirteen long-context tasks at any length, unpatched against patched.
 
     python -m eval.ruler --limit 1                                       # proves the path; the bundled model reads no English
-    python -m eval.ruler --model meta-llama/Llama-3.1-8B-Instruct --lengths 4096 8192 16384 32768 65536 131072 \\
+    python -m eval.ruler --model meta-llama/Llama-3.1-8B-Instruct --lengths 4096 8192 16384 32768 65536 131072 \
         --samples 100 --qa-1 rajpurkar/squad_v2 --qa-2 hotpotqa/hotpot_qa:distractor --dataset essays.txt
 
 Samples are generated here (`ruler_tasks.py` names the departures from the published generator) and scored as published:

@@ -75,7 +75,7 @@ def records(dataset: str, subset: str | None, split: str, option: str = "--datas
     try:
         import datasets
     except ImportError:
-        raise UsageError(f'{option} needs the package datasets: pip install "hf_flashprefill[eval]"') from None
+        raise UsageError(f'{option} needs the package datasets: pip install -e ".[eval]"') from None
     try:
         if path.is_file():
             # A file by itself has no splits; datasets calls the whole of it "train".

@@ -68,6 +68,11 @@ def test_every_default_is_in_the_help(command):
             assert re.search(r"\(default: [^)]+", option.help or ""), option.option_strings
 
 
+@harnesses
+def test_a_command_is_copied_from_the_source_as_from_the_help(harness):
+    assert harness.__doc__ in Path(harness.__file__).read_text(encoding="utf-8")
+
+
 def test_every_harness_is_a_command():
     names = {harness.__name__ for harness in HARNESSES} | {"eval.report", "eval.train_recall"}
     assert {command for command in all_commands() if command.startswith("eval.")} == names
@@ -156,6 +161,8 @@ def test_lengths_are_checked(harness, length, refusal):
             "--peer a=peers/file.py: the file must define prepare(query, key, value, index)",
         ),
         (operator_speed, ["--peer", "a=peers/bad.py"], "--peer a=peers/bad.py: SyntaxError: "),
+        (operator_speed, ["--seconds", "-0.1"], "--seconds must be from 0 to 3600, got -0.1"),
+        (layout_speed, ["--seconds", "nan"], "--seconds must be from 0 to 3600, got nan"),
         (layout_speed, ["--head-dim", "0"], "--head-dim must be at least 1, got 0"),
         (layout_speed, ["--seconds", "-1"], "--seconds must be from 0 to 3600, got -1.0"),
         (layout_speed, ["--density", "nan"], "--density must be above 0 and at most 1, got nan"),

@@ -185,7 +185,7 @@ def test_a_model_that_cannot_be_patched_is_refused_before_it_is_asked(harness, m
 
 
 MISSING = [
-    (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval"), "is not installed: pip install lm_eval"),
+    (ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval"), r'is not installed: pip install -e "\.\[lm-eval\]"'),
     (ModuleNotFoundError("No module named 'sacrebleu'", name="sacrebleu"), "lm_eval cannot be imported: No module.*sacrebleu"),
     (ImportError("cannot import name 'x'", name="lm_eval"), "lm_eval cannot be imported: cannot import name 'x'"),
 ]

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -198,6 +199,13 @@ def test_a_suffix_says_the_format_in_any_case(name, tmp_path):
     assert list(documents(text_arguments(dataset=str(path)))) == ["one"]
     with pytest.raises(UsageError, match="there is no such file"):
         list(documents(text_arguments(dataset=f"no-such-{name}")))
+
+
+def test_what_is_missing_is_asked_for_by_the_name_of_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError) as refused:
+        list(documents(text_arguments(dataset="some/set")))
+    assert str(refused.value) == '--dataset needs the package datasets: pip install -e ".[eval]"'
 
 
 WITHOUT_TEXT = [("empty.txt", ""), ("white.txt", " \n\t\n"), ("white.csv", 'text\n" "\n'), ("empty.jsonl", "")]
