@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from eval.commands import UsageError, first_line
 from eval.runner import process_count, process_rank
 from hf_flashprefill import prefill_stats
+from hf_flashprefill.calibration import wider_dtypes
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -139,10 +140,9 @@ def check_numbers(model: PreTrainedModel, totals: torch.Tensor) -> None:
         ValueError: One is not finite: NaN or infinity is among the logits.
     """
     if not totals.isfinite().all():
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{type(model).__name__}: its logits are not numbers in {dtype}; bfloat16 or float32 may help (--dtype)"
-        )
+        dtype, wider = str(model.dtype).removeprefix("torch."), wider_dtypes(model.dtype)
+        hint = f"; {wider} may help (--dtype)" if wider else ""
+        raise ValueError(f"{type(model).__name__}: its logits are not numbers in {dtype}{hint}")
 
 
 class _NumbersOnly(LogitsProcessor):

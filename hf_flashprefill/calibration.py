@@ -320,11 +320,14 @@ def _check_numbers(model: PreTrainedModel, masses: dict[int, float | None]) -> N
     """Raise if the attention of a layer is NaN, as where float16 overflows."""
     for layer, mass in masses.items():
         if mass is not None and math.isnan(mass):
-            dtype = str(model.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{type(model).__name__}: the attention of layer {layer} is not a number in {dtype}; "
-                "bfloat16 or float32 may help"
-            )
+            dtype, wider = str(model.dtype).removeprefix("torch."), wider_dtypes(model.dtype)
+            hint = f"; {wider} may help" if wider else ""
+            raise ValueError(f"{type(model).__name__}: the attention of layer {layer} is not a number in {dtype}{hint}")
+
+
+def wider_dtypes(dtype: torch.dtype) -> str:
+    """Names of those in which what is too large for ``dtype`` may be a number; "" if there are none."""
+    return {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype, "")
 
 
 def _with_audit(chosen: Sequence[LayerCalibration], stats: PrefillStats) -> list[LayerCalibration]:

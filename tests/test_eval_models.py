@@ -1,5 +1,6 @@
 """What the harnesses look at before and while they ask a model: the length of its context, and that its logits are numbers."""
 
+import re
 from random import Random
 
 import pytest
@@ -82,7 +83,21 @@ def test_answers_of_logits_that_are_no_numbers_are_not_wrong_answers(placement, 
     assert all(needle.answer(model, prompt).correct)
     head = model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", lambda hidden: head(hidden) * float("nan"))
-    with pytest.raises(ValueError, match="its logits are not numbers in float32; bfloat16 or float32 may help"):
+    with pytest.raises(ValueError, match="its logits are not numbers in float32$"):
         needle.answer(model, prompt)
     with pytest.raises(ValueError, match="its logits are not numbers"):
         ruler.answer(model, tokenizer, prompt.ids, 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        ("float16", "; bfloat16 or float32 may help (--dtype)"),
+        ("bfloat16", "; float32 may help (--dtype)"),
+        ("float32", ""),
+    ],
+)
+def test_only_wider_dtypes_are_proposed(dtype, hint):
+    model = tiny_model().to(getattr(torch, dtype))
+    with pytest.raises(ValueError, match=re.escape(f"its logits are not numbers in {dtype}{hint}") + "$"):
+        models.check_numbers(model, torch.tensor([0.0, float("nan")]))

@@ -147,7 +147,7 @@ def test_logits_that_are_no_numbers_are_refused(positions, monkeypatch):
         return output
 
     monkeypatch.setattr(type(model.model), "forward", overflowing)
-    with pytest.raises(ValueError, match="logits are not numbers in float32; bfloat16 or float32 may help"):
+    with pytest.raises(ValueError, match="logits are not numbers in float32$"):
         score_tokens(model, torch.arange(2, 82))
 
 
