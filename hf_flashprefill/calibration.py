@@ -25,6 +25,7 @@ from .attention_mass import exact_shares, kept_shares, spread_positions
 from .causal_mask import CausalMask
 from .checks import is_number
 from .config import FlashPrefillConfig
+from .crossover import AUTO, min_seq_len_of_model
 from .fitting import UnsupportedModelError, layer_number
 from .functional import select_in_rounds
 from .geometry import PrefillGeometry
@@ -33,6 +34,8 @@ from .stats import PrefillStats, prefill_stats
 
 # From keeping all to keeping little by any selector, each 1.76 times the one before.
 ALPHAS = (0.0, *(1e-4 * 5000 ** (i / 15) for i in range(16)))
+# What ``dense_reason`` says.
+TOO_SHORT = "shorter than min_seq_len"
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,21 @@ def calibrate(
     with tqdm(total=len(fitting) + len(audited), desc="calibrate", unit="prompt", disable=not progress) as bar:
         # One alpha for all, because whatever alphas there are may be meant for another number of layers.
         with attention_replaced(model, replace(config, layer_alphas=None), measurement.attention) as inner:
-            _run(inner, fitting, bar)
-        if "shorter than min_seq_len" in measurement.dense and not measurement.layers:
-            longest = max(prompt.shape[1] for prompt in fitting)
-            raise ValueError(
-                f"prompts must reach min_seq_len={config.min_seq_len!r} of config, the longest has {longest} tokens"
-            )
+            longest = max(fitting, key=lambda prompt: prompt.shape[1])
+            least = min_seq_len_of_model(config, inner.config.get_text_config(decoder=True), inner.dtype, inner.device)
+            if longest.shape[1] < least:
+                raise _too_short(config, longest)
+            if config.min_seq_len == AUTO and not least:
+                # Only the layers know, as where their shapes differ. If the longest is too short, the others need not run.
+                fitting = [longest, *(prompt for prompt in fitting if prompt is not longest)]
+                _run(inner, fitting[:1], bar)
+                if measurement.dense == {TOO_SHORT} and not measurement.layers:
+                    raise _too_short(config, longest)
+                _run(inner, fitting[1:], bar)
+            else:
+                _run(inner, fitting, bar)
+        if TOO_SHORT in measurement.dense and not measurement.layers:
+            raise _too_short(config, longest)
         if not measurement.layers:
             raise UnsupportedModelError(f"{type(inner).__name__}: no layer would run sparse: {measurement.reasons()}")
         chosen = [sums.choose(layer, target, every_head) for layer, sums in sorted(measurement.layers.items())]
@@ -305,6 +317,12 @@ def _least_length(config: FlashPrefillConfig) -> int:
     always = config.sink_blocks + config.window_blocks + config.dense_tail_blocks
     minimum = config.min_seq_len if isinstance(config.min_seq_len, int) else 0
     return max(minimum, always * config.block_size + 1)
+
+
+def _too_short(config: FlashPrefillConfig, longest: torch.Tensor) -> ValueError:
+    return ValueError(
+        f"prompts must reach min_seq_len={config.min_seq_len!r} of config, the longest has {longest.shape[1]} tokens"
+    )
 
 
 @torch.no_grad()

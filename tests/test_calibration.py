@@ -186,6 +186,20 @@ def test_bad_arguments_are_named(arguments, error, message):
     assert not is_patched(model)
 
 
+@pytest.mark.parametrize("least", [8192, 0])
+def test_prompts_that_are_too_short_are_not_run_in_vain(least, monkeypatch):
+    """By the model's config, or, where that does not say it, after the longest."""
+    run = []
+    if not least:
+        monkeypatch.setattr(calibration, "min_seq_len_of_model", lambda *_: 0)
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda module, args, kwargs: run.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    with pytest.raises(ValueError, match="reach min_seq_len='auto' of config, the longest has 1400"):
+        calibrate(model, [[3] * length for length in (1200, 1400, 1300)], held_out=[], progress=False)
+    assert run == ([] if least else [1400])
+    assert not is_patched(model)
+
+
 def test_models_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="PreTrainedModel"):
         calibrate(torch.nn.Linear(2, 2), [[3] * 20_000], progress=False)
