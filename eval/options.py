@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from eval.commands import UsageError, first_line
 from eval.models import BUNDLED_MODEL, DTYPES
 from eval.runner import process_count
 from hf_flashprefill import FlashPrefillConfig
+from hf_flashprefill.command_line import unwritable_reason
 
 # Tokens; more than any prompt has.
 LONGEST = 1 << 24
@@ -171,17 +170,8 @@ def check_writable(path: Path) -> None:
     Raises:
         UsageError: It cannot.
     """
-    try:
-        if path.exists():
-            reason = "it is a folder" if path.is_dir() else None if os.access(path, os.W_OK) else "it may not be written"
-        else:
-            folder = next(folder for folder in path.absolute().parents if folder.exists())
-            reason = None if folder.is_dir() else f"{folder} is no folder"
-            if reason is None:
-                # About as long a name as that of the file of finished tasks, see eval.runner.
-                tempfile.NamedTemporaryFile(dir=folder, prefix=f"{path.name}.", suffix=".partial.jsonl").close()
-    except OSError as error:
-        reason = error.strerror
+    # About as long a name as that of the file of finished tasks, see eval.runner.
+    reason = unwritable_reason(path, ".partial.jsonl")
     if reason is not None:
         raise UsageError(f"--output {path}: {reason}")
 

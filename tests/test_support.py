@@ -116,11 +116,21 @@ def test_command_prints_a_table_and_says_when_something_differs(capsys, monkeypa
     assert "| forward | **WRONG** 1 |" in capsys.readouterr().out
 
 
+def test_command_writes_to_folders_that_are_not_there_yet(monkeypatch, tmp_path):
+    import hf_flashprefill.support.__main__ as command
+
+    monkeypatch.setattr(command, "check_column", lambda *_: {"plain": Cell(wrong="off")})
+    output = tmp_path / "new" / "folder" / "table.md"
+    assert main(["--families", "llama", "--bases", "sdpa", "--situations", "plain", "--output", str(output)]) == 1
+    assert "**WRONG**" in output.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "."], "--output .: "),
-        (["--output", "file/table.md"], "--output file/table.md: "),
+        (["--output", "."], "--output .: it is a folder"),
+        (["--output", "file/table.md"], "--output file/table.md: {folder}/file is no folder"),
+        (["--output", "file/new/table.md"], "--output file/new/table.md: {folder}/file is no folder"),
         (["--output", "/proc/table.md"], "--output /proc/table.md: "),
         (["--families", "nope"], "argument --families: "),
     ],
@@ -135,7 +145,7 @@ def test_mistakes_end_in_one_line_before_any_work(arguments, message, capsys, mo
         main(arguments)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {message}")
+    assert line.startswith(f"error: {message.format(folder=tmp_path)}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from ..command_line import Parser
+from ..command_line import Parser, unwritable_reason
 from .families import FAMILIES
 from .matrix import BASES, check_column, columns
 from .situations import SITUATIONS
@@ -34,14 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.output is not None:
-        try:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not options.output.exists()
-            options.output.open("a").close()
-            if is_new:
-                options.output.unlink()
-        except OSError as error:
-            parser.error(f"--output {options.output}: {error.strerror}")
+        reason = unwritable_reason(options.output)
+        if reason is not None:
+            parser.error(f"--output {options.output}: {reason}")
     # The models are so small that a second thread costs more than it does.
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -55,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output is None:
         print(text, end="")
     else:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text, encoding="utf-8")
     return int(any(cell.verdict == "WRONG" for column in matrix.values() for cell in column.values()))
 
