@@ -209,7 +209,8 @@ def main(argv: list[str]) -> int:
     except ImportError as error:
         raise commands.UsageError(f"vLLM is needed: {commands.first_line(error)}") from None
     # Where the package is not installed but on the path, nothing else would.
-    register()
+    if not register():
+        raise commands.UsageError("vLLM's attention backend CUSTOM must be ours; its log says why it is not")
     shape = SHAPES[args.shape]()
     lengths = list(zip(args.lengths, densities, strict=True))[: args.limit]
     configs = {length: config_for_density(base, length, density) for length, density in lengths}

@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
+import logging
 import random
 import re
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+import hf_flashprefill.integrations.vllm as plugin
 from hf_flashprefill import FlashPrefillConfig
 from hf_flashprefill.integrations.vllm import BACKEND_PATH
 from hf_flashprefill.integrations.vllm.config import AUTO_MIN_SEQ_LEN, KEY, RowSettings, settings_from
@@ -188,18 +191,72 @@ import sys
 sys.modules["vllm"] = None
 import hf_flashprefill.integrations.vllm as plugin
 from hf_flashprefill.integrations.vllm import config, gather, planner, stats
-try:
-    plugin.register()
-except ImportError:
-    pass
-else:
-    raise AssertionError("registered with a vLLM that is not there")
+assert not plugin.register()
 """
 
 
 def test_none_of_this_needs_vllm():
     done = subprocess.run([sys.executable, "-c", WITHOUT_VLLM], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "No sparse prefill: this vLLM takes no attention backend from plugins" in done.stderr
+
+
+@pytest.fixture
+def custom(monkeypatch):
+    """vLLM's registry as far as the plugin asks it: what CUSTOM names, and how often it was named."""
+
+    class Custom:
+        path, named = None, 0
+
+        def is_overridden(self):
+            return self.path is not None
+
+        def get_path(self):
+            return self.path
+
+    def register_backend(backend, path):
+        backend.path, backend.named = path, backend.named + 1
+
+    # vLLM's own root logger hands nothing on.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    member, name = Custom(), "vllm.v1.attention.backends.registry"
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(parts[i - 1]))
+    registry = ModuleType(name)
+    registry.AttentionBackendEnum, registry.register_backend = SimpleNamespace(CUSTOM=member), register_backend
+    monkeypatch.setitem(sys.modules, name, registry)
+    return member
+
+
+def test_the_backend_is_named_any_number_of_times(custom, caplog):
+    assert plugin.register()
+    assert plugin.register()
+    assert custom.path == BACKEND_PATH
+    assert not caplog.records
+
+
+def test_the_backend_of_another_plugin_stays(custom, caplog):
+    custom.path = "other.Backend"
+    assert not plugin.register()
+    assert (custom.path, custom.named) == ("other.Backend", 0)
+    (record,) = caplog.records
+    assert f"CUSTOM is other.Backend already, not {BACKEND_PATH}" in record.getMessage()
+
+
+@pytest.mark.parametrize("lacks", ["the module", "register_backend", "CUSTOM"])
+def test_a_vllm_without_the_registry_starts(lacks, custom, caplog, monkeypatch):
+    name = "vllm.v1.attention.backends.registry"
+    if lacks == "the module":
+        monkeypatch.setitem(sys.modules, name, None)
+    elif lacks == "CUSTOM":
+        sys.modules[name].AttentionBackendEnum = SimpleNamespace()
+    else:
+        del sys.modules[name].register_backend
+    assert not plugin.register()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "this vLLM takes no attention backend from plugins" in record.getMessage()
 
 
 def test_the_package_names_the_plugin():

@@ -109,3 +109,10 @@ def test_limit_takes_the_first_lengths_of_each_chunk_size(asked, tmp_path):
 def test_without_a_gpu_it_says_so(tmp_path):
     with pytest.raises(commands.UsageError, match="an NVIDIA GPU is needed"):
         vllm_ttft.main(["--lengths", "32768", "--output", str(tmp_path / "ttft.json")])
+
+
+def test_the_backend_of_another_plugin_is_not_timed_as_ours(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_ttft, "register", lambda: False)
+    with pytest.raises(commands.UsageError, match="CUSTOM must be ours"):
+        vllm_ttft.main(["--lengths", "32768", "--output", str(tmp_path / "ttft.json")])
+    assert not asked
