@@ -285,6 +285,23 @@ def test_cascades_chunked_attention_and_fused_outputs_stay_dense(parts, monkeypa
     assert layer_counts(chunked).dense_calls["chunked local attention"] == len(LONG)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("SlidingWindowSpec", {"sliding_window": 64}, "sliding window"),
+        ("ChunkedLocalAttentionSpec", {"attention_chunk_size": 64}, "chunked local attention"),
+        ("EncoderOnlyAttentionSpec", {}, "KV cache of kind EncoderOnlyAttentionSpec"),
+    ],
+)
+def test_groups_of_other_kinds_are_counted_by_their_documented_names(kind, changes, reason):
+    from vllm.v1 import kv_cache_interface
+
+    from hf_flashprefill.integrations.vllm import backend
+
+    spec = {"block_size": PAGE, "num_kv_heads": KEY_HEADS, "head_size": SIZE, "dtype": torch.float32}
+    assert backend._group_dense_reason(getattr(kv_cache_interface, kind)(**spec, **changes), None) == reason
+
+
 def test_layers_without_a_kernel_stay_dense(parts, monkeypatch):
     """Head dims above 256 in float32, say, which torch would serve slower than the base does."""
     from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl

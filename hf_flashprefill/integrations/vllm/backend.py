@@ -64,6 +64,12 @@ FOREIGN_FIELDS = {
     "mm_req_doc_ranges": "bidirectional image tokens",
     "rswa_prefix_lens": "R-SWA",
 }
+# By the class of a KV-cache group's spec, of which not every vLLM has all.
+DENSE_GROUPS = {
+    "SlidingWindowSpec": "sliding window",
+    "ChunkedLocalAttentionSpec": "chunked local attention",
+    "RSWASpec": "R-SWA",
+}
 SPLIT = "flashprefill_split"
 
 
@@ -279,7 +285,8 @@ def _engine_settings(vllm_config):
 def _group_dense_reason(kv_cache_spec, vllm_config) -> str | None:
     # Subclasses of the spec are other kinds of attention (MLA, sinks kept in the cache, ...).
     if type(kv_cache_spec) is not FullAttentionSpec:
-        return f"KV cache of kind {type(kv_cache_spec).__name__}"
+        kind = type(kv_cache_spec).__name__
+        return DENSE_GROUPS.get(kind, f"KV cache of kind {kind}")
     if kv_cache_spec.attention_chunk_size is not None:
         return "chunked local attention"
     parallel = vllm_config.parallel_config
