@@ -123,7 +123,7 @@ def complete(
 
 def check_replaceable(run: Result, output: Path, outcome: Sequence[str] = ()) -> None:
     """Look whether a run would write over what it could not make again. The result of a run with the same settings may be
-    replaced.
+    replaced, and a quick look by a run that asks more.
 
     Args:
         run: The result but for its summary and rows.
@@ -145,9 +145,12 @@ def check_replaceable(run: Result, output: Path, outcome: Sequence[str] = ()) ->
     def settings(result: Result) -> str:
         given = run_settings(result)
         given["config"] = {name: value for name, value in given["config"].items() if name not in outcome}
+        given["arguments"] = {name: value for name, value in given["arguments"].items() if name != "limit"}
         return json.dumps(given, sort_keys=True)
 
-    if settings(found) != settings(run):
+    looked, looks = found.arguments.get("limit"), run.arguments.get("limit")
+    asks_less = looks is not None and (looked is None or looks < looked)
+    if asks_less or settings(found) != settings(run):
         which = f"{found.harness} of {found.environment.get('time')}"
         raise UsageError(f"--output {output} holds another run ({which}); choose another name or remove it")
 

@@ -275,6 +275,17 @@ def test_a_finished_run_is_not_replaced_by_another(change, finished):
     assert [output.read_bytes()] == [file.read_bytes() for file in output.parent.iterdir()]
 
 
+def test_a_quick_look_is_replaced_by_what_asks_more_and_not_the_other_way(finished):
+    first, run, output = finished
+    output.unlink()
+    asked = [replace(first, arguments=first.arguments | {"limit": limit}) for limit in (1, 3, None)]
+    for row, more in enumerate(asked):
+        assert run(more, row) == row
+    for less in asked[:2]:
+        with pytest.raises(commands.UsageError, match="holds another run"):
+            run(less, 9)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"schema_version": 99}'])
 def test_what_is_no_result_is_not_replaced(content, finished):
     first, run, output = finished
