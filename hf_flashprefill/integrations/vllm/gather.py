@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ...functional import triton_obstacle
+from ...functional import TensorKind, triton_obstacle
 
 
 def flash_pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,8 @@ def gather_row(
     """
     # The kernel copies pieces of the last dimension. Views that vLLM's NVIDIA backends give have it dense.
     is_dense = key_pages.stride(-1) == value_pages.stride(-1) == 1
-    if key_pages.is_cuda and is_dense and triton_obstacle(key_pages) is None:
+    kind = TensorKind(key_pages.device, key_pages.dtype, key_pages.shape[-1:])
+    if key_pages.is_cuda and is_dense and triton_obstacle(kind) is None:
         from ...backends.triton.gather import gather_pages
 
         return gather_pages(key_pages, value_pages, block_table, seq_len)
