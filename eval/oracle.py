@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from hf_flashprefill import BlockIndex, attention_mass, functional
+from hf_flashprefill.backends.interface import Backend
 from hf_flashprefill.geometry import PrefillGeometry
 
 ORACLES = ("oracle-mean", "oracle-max")
@@ -88,7 +88,7 @@ def index_from_masses(
 class _OracleBackend:
     """A backend whose selection knows the true block masses. It is handed nothing but pools: the keys are among them."""
 
-    def __init__(self, backend: ModuleType, oracle: str):
+    def __init__(self, backend: Backend, oracle: str):
         self._backend, self._oracle = backend, oracle
 
     def __getattr__(self, name: str) -> object:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import reference
 from .arithmetic import exact_arithmetic
+from .backends.interface import Backend
 from .block_index import BlockIndex
 from .checks import is_number
 from .config import SORTING_SELECTORS, FlashPrefillConfig
@@ -171,7 +172,7 @@ def pool_inputs(
     value: torch.Tensor,
     geometry: PrefillGeometry,
     config: FlashPrefillConfig,
-    backend: ModuleType,
+    backend: Backend,
     kept_pools: KeptPools | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor] | None]:
     """The pooled keys that the selector probes and, with the correction, the means of keys and of values that stand for
@@ -248,7 +249,7 @@ def selection_rule(config: FlashPrefillConfig) -> dict[str, Any]:
     return rule
 
 
-def selecting_backend(selector: str, backend: ModuleType) -> ModuleType:
+def selecting_backend(selector: str, backend: Backend) -> Backend:
     """The module whose pools and ``select_blocks`` serve a selector when ``backend`` attends."""
     if selector not in SORTING_SELECTORS:
         return backend
@@ -258,7 +259,8 @@ def selecting_backend(selector: str, backend: ModuleType) -> ModuleType:
 
 
 def resolve_backend(name: str, query: torch.Tensor) -> ModuleType:
-    """The module that serves backend ``name`` for tensors like ``query``.
+    """The module that serves backend ``name`` for tensors like ``query``: a Backend, or the reference, which selects and
+    attends a whole call at once.
 
     Raises:
         ValueError: ``"triton"`` was asked for and cannot run on this device, dtype or head_dim.

@@ -1,1 +1,1 @@
-"""Implementations of the operator's stages; each package offers the same functions, triton also ``obstacle``."""
+"""Implementations of the operator's stages: packages whose functions are those of ``interface.Backend``."""
