@@ -1,8 +1,10 @@
 """The attention function transformers calls in every layer of a patched model: sparse, or dense with a counted reason.
 
-The path of a tensor: a layer's own forward projects and rotates, then calls ``prefill_attention`` through transformers'
-AttentionInterface with query [B, Hq, Sq, D] and key, value [B, Hkv, Skv, D]; ``dense_reason`` decides; a sparse call goes
-to ``functional.flash_prefill_attention``; the result goes back as [B, Sq, Hq, D].
+The path of a tensor: the model asks ``masking.prefill_mask`` for its mask and, if the call is causal and long enough,
+gets a CausalMask, which says no more than where padding is; a layer's own forward projects and rotates, then calls
+``prefill_attention`` through transformers' AttentionInterface with query [B, Hq, Sq, D] and key, value [B, Hkv, Skv,
+D]; ``dense_reason`` decides; a sparse call goes to ``functional.flash_prefill_attention``; the result goes back as [B,
+Sq, Hq, D].
 """
 
 from __future__ import annotations

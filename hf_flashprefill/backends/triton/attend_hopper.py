@@ -6,6 +6,9 @@ each other's gaps. A program stays on its multiprocessor and takes turn after tu
 warp fetches the next one's queries and keys while the last one's result is still being written, which a program per turn would
 leave idle.
 
+Here are the kernel's launch and its memory; from the outside in, attend_hopper_turns.py has which turn comes next,
+attend_hopper_warps.py what the warps do in it, and attend_hopper_steps.py a single tile of keys.
+
 The softmax has no running maximum. Weights in bfloat16 have the range of float32, so they are taken relative to the largest
 logit of the query block's own keys, which come first: nothing is compared and no result shrinks in the steps that follow, and a
 query's sum stays with the threads until the end. float16, which ends at 65504, always has a running maximum. Where a logit is
