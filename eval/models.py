@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from eval.commands import UsageError, first_line
 from eval.runner import process_count, process_rank
 from hf_flashprefill import prefill_stats
-from hf_flashprefill.calibration import wider_dtypes
+from hf_flashprefill.arithmetic import wider_dtypes
 
 BUNDLED_MODEL = Path(__file__).parent / "checkpoints" / "recall-4m"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -16,7 +16,7 @@ of their field: `seconds`, `s` or `ms`. A `density` is that of what ran sparse, 
 summary is how many of its prompts or questions did not. Two runs with the same arguments differ only in `environment`, in
 times, and in what the harnesses of speed work out from theirs (ratios, rates, how often something was timed), up to what the
 device's arithmetic allows; a run that was interrupted and resumed differs from one that was not in nothing else. A command
-replaces a file only if harness, arguments, model and config are the same.
+replaces a file only if harness, arguments, model and config are the same, or its ``limit`` is higher or none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How torch is to compute for us, whatever the caller has it do."""
+"""How torch is to compute for us, whatever the caller has it do, and what helps where its numbers end."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
     is_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     with torch.no_grad(), torch.autocast(device.type, enabled=False) if is_autocast else contextlib.nullcontext():
         yield
+
+
+def wider_dtypes(dtype: torch.dtype) -> str:
+    """Names of those in which what is too large for ``dtype`` may be a number; "" if there are none."""
+    return {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype, "")

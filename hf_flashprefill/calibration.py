@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .arithmetic import exact_arithmetic
+from .arithmetic import exact_arithmetic, wider_dtypes
 from .attention import dense_attention, dense_reason
 from .attention_mass import exact_shares, kept_shares, spread_positions
 from .causal_mask import CausalMask
@@ -341,11 +341,6 @@ def _check_numbers(model: PreTrainedModel, masses: dict[int, float | None]) -> N
             dtype, wider = str(model.dtype).removeprefix("torch."), wider_dtypes(model.dtype)
             hint = f"; {wider} may help" if wider else ""
             raise ValueError(f"{type(model).__name__}: the attention of layer {layer} is not a number in {dtype}{hint}")
-
-
-def wider_dtypes(dtype: torch.dtype) -> str:
-    """Names of those in which what is too large for ``dtype`` may be a number; "" if there are none."""
-    return {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype, "")
 
 
 def _with_audit(chosen: Sequence[LayerCalibration], stats: PrefillStats) -> list[LayerCalibration]:
