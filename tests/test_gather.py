@@ -1,10 +1,13 @@
 """The kernel that copies a row out of vLLM's pages, against indexing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hf_flashprefill import FlashPrefillConfig, flash_prefill_attention
 from hf_flashprefill.backends.triton.gather import gather_pages
+from hf_flashprefill.functional import TensorKind
 from hf_flashprefill.integrations.vllm import gather
 from hf_flashprefill.integrations.vllm.gather import flash_pages, gather_row
 
@@ -66,6 +69,19 @@ def test_a_wide_table_of_another_type(device):
     table = torch.randperm(24, device=device)[::2] // 2
     for got, view in zip(gather_pages(*views, table, 100), views, strict=True):
         assert torch.equal(got, indexed(view, table, 100))
+
+
+def test_pages_are_not_taken_for_a_batch(monkeypatch):
+    """The kernels take no batch above 32767, but any number of pages."""
+    from hf_flashprefill.backends.triton import gather as kernel
+
+    asked = []
+    monkeypatch.setattr(gather, "triton_obstacle", asked.append)
+    monkeypatch.setattr(kernel, "gather_pages", lambda *args: "by the kernel")
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    pages = SimpleNamespace(is_cuda=True, device=device, dtype=dtype, shape=(70_000, 16, 8, 128), stride=lambda _: 1)
+    assert gather_row(pages, pages, None, 100) == "by the kernel"
+    assert asked == [TensorKind(device, dtype, (128,))]
 
 
 @pytest.mark.gpu
