@@ -115,9 +115,9 @@ def check_context(model: PreTrainedModel, tokens: int) -> None:
     if not limit or tokens <= max(limit, _stretched_context(config)):
         return
     # GPT-2 and its like call them wpe, OPT embed_positions, with two more than there are positions; those of images are fewer.
-    tables = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    learned = [module for name, module in tables.items() if name == "wpe" or "position" in name]
-    if any(limit <= table.num_embeddings <= limit + 2 for table in learned):
+    tables = [(name.rsplit(".", 1)[-1], part) for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+    learned = [table.num_embeddings for name, table in tables if name == "wpe" or "position" in name]
+    if any(limit <= positions <= limit + 2 for positions in learned):
         raise UsageError(f"--lengths: {tokens} tokens are more than the {limit} positions of {type(model).__name__}")
     if process_rank() == 0:
         print(f"warning: {tokens} tokens are more than the model's max_position_embeddings, {limit}", file=sys.stderr)

@@ -27,8 +27,9 @@ from .config import FlashPrefillConfig
 from .crossover import LayerShape, is_long_enough, min_seq_len_for
 from .custom_op import config_to_json, sparse_prefill
 from .fitting import UnsupportedModelError, eager_attention_of, is_replaced, layer_number, misfit_of_layer
-from .functional import DTYPES, flash_prefill_attention, lacks_kernel
+from .functional import flash_prefill_attention, lacks_kernel
 from .masking import base_mask_for, is_captured, is_flash
+from .operator_arguments import DTYPES
 from .stats import has_record, record_compiled_audit, record_compiled_sparse, record_dense, record_sparse
 
 try:

@@ -41,6 +41,7 @@ def register(settings: PrefillSettings, name: str | None = None, attention: Call
 
 
 def unregister(name: str) -> None:
+    """Make transformers forget a name of ``register``."""
     for registry in (_SETTINGS, AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping):
         registry.pop(name, None)
 

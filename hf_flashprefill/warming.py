@@ -16,7 +16,8 @@ from .crossover import LayerShape, measure_crossover, min_seq_len_for
 from .crossover.known import known_crossover, rule_of
 from .crossover.measure import lengths_to_time
 from .fitting import heads_of
-from .functional import DTYPES, flash_prefill_attention, lacks_kernel
+from .functional import flash_prefill_attention, lacks_kernel
+from .operator_arguments import DTYPES
 from .patch import patched_config
 from .seam import SeamPart
 

@@ -21,7 +21,7 @@ import torch
 
 from ..command_line import Parser
 from ..config import SELECTORS, FlashPrefillConfig
-from ..functional import DTYPES
+from ..operator_arguments import DTYPES
 from .imposed import assumed_density
 from .known import LayerShape, cache_file
 from .measure import GPU_LENGTHS, chunk_lengths, measure_crossover, time_attention

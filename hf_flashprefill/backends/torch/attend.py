@@ -155,7 +155,7 @@ def _further_columns(
         nothing = key.new_zeros(key.shape[0] * key.shape[1], 1, 1, key.shape[-1])
         # A finite sink must not become infinite in half precision; it stays far above all logits of such queries and keys.
         most = torch.finfo(key.dtype).max
-        added = (sinks / scale).where(sinks.isinf(), (sinks / scale).clamp(-most, most))
-        added = added.to(key.dtype).clamp(min=least)[None, :, None].expand(index.counts.shape)
-        columns.append((nothing, nothing, key_head, added.reshape(-1, 1)))
+        added = sinks / scale
+        added = added.where(sinks.isinf(), added.clamp(-most, most)).to(key.dtype).clamp(min=least)
+        columns.append((nothing, nothing, key_head, added[None, :, None].expand(index.counts.shape).reshape(-1, 1)))
     return columns

@@ -54,6 +54,7 @@ def obstacle(query: torch.Tensor) -> str | None:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     if query.shape[-1] > MAX_HEAD_DIM or query.shape[-1] % 8:
         return f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    # A kind of tensors has no batch.
     if len(query.shape) == 4 and query.shape[0] > MAX_BATCH:
         return f"batch must be at most {MAX_BATCH}, got {query.shape[0]}"
     if query.shape[-1] > MAX_HEAD_DIM_EVERYWHERE and query.device.type == "cuda":

@@ -22,7 +22,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from ...functional import DTYPES, flash_prefill_attention, lacks_kernel
+from ...functional import flash_prefill_attention, lacks_kernel
+from ...operator_arguments import DTYPES
 from ...stats import record_dense, record_sparse
 from .config import settings_from
 from .gather import gather_row
